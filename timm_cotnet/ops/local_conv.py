@@ -1,0 +1,101 @@
+"""Front end of local convolution: checks its input, then picks one implementation (`choose`, the only such place)."""
+import torch
+
+from .reference import local_conv_reference
+from .shifted import LocalConvShifted
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dilation: int = 1) -> torch.Tensor:
+    """Convolve every pixel with a k x k filter of its own, zero-padded so that the size stays.
+
+    Channel c uses filter group c mod G:
+    `out[b, c, h, w] = sum over (i, j) of weight[b, c % G, i * k + j, h, w] * x_padded[b, c, h + i * dilation, w + j * dilation]`
+
+    The dynamic context of CoT (arXiv:2107.12292, section 3.2); the official module is `LocalConvolution` in
+    `cupy_layers/aggregation_zeropad.py`.
+
+    Args:
+        x: Values, (B, C, H, W), in float64, float32, bfloat16 or float16; contiguous or channels-last.
+        weight: Filters, (B, G, k * k, H, W), for any G that divides C; same dtype and device as x. Under autocast
+            both are cast to its dtype, as for a convolution.
+        kernel_size: k, odd.
+        dilation: Distance between the taps of a filter, in pixels.
+
+    Returns:
+        (B, C, H, W), in the dtype and memory format of x.
+
+    Raises:
+        ValueError: If a shape, the dtype or the device does not fit, naming the argument and what was expected.
+    """
+    if torch.jit.is_scripting():
+        return local_conv_reference(x, weight, kernel_size, dilation)
+    else:
+        return _local_conv_eager(x, weight, kernel_size, dilation)
+
+
+@torch.jit.unused
+def _local_conv_eager(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    if isinstance(x, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy) or torch.jit.is_tracing():
+        return local_conv_reference(x, weight, kernel_size, dilation)  # sizes are symbols there: nothing to check
+    _check(x, weight, kernel_size, dilation)
+    device_type = x.device.type
+    if x.dtype != torch.float64 and _autocast_enabled(device_type):
+        dtype = _autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    elif x.dtype != weight.dtype:
+        raise ValueError(f'local_conv: weight has dtype {weight.dtype}, x has {x.dtype}; cast one of them')
+    return choose(x)(x, weight, kernel_size, dilation)
+
+
+def choose(x: torch.Tensor):
+    """The implementation for x, and why."""
+    if is_traced(x):
+        return local_conv_reference  # compilers and tracers fuse plain ATen, and need nothing of this package afterwards
+    if x.device.type == 'cpu':
+        return LocalConvShifted.apply  # in-place accumulation, no padded copy, little saved for the backward
+    return local_conv_reference
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether something watches the operators that run: torch.compile, export, make_fx, functorch, a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    return torch.get_autocast_dtype(device_type)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> None:
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'local_conv: kernel_size is {kernel_size!r}, expected a positive odd integer')
+    if not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f'local_conv: dilation is {dilation!r}, expected a positive integer')
+    if x.ndim != 4:
+        raise ValueError(f'local_conv: x has shape {tuple(x.shape)}, expected 4 dimensions (B, C, H, W)')
+    if weight.ndim != 5:
+        raise ValueError(
+            f'local_conv: weight has shape {tuple(weight.shape)}, expected 5 dimensions (B, G, k * k, H, W)')
+    B, C, H, W = x.shape
+    G = weight.shape[1]
+    if G < 1 or C % G != 0:
+        raise ValueError(f'local_conv: weight has {G} groups, expected a divisor of the {C} channels of x')
+    expected = (B, G, kernel_size * kernel_size, H, W)
+    if weight.shape != expected:
+        raise ValueError(
+            f'local_conv: weight has shape {tuple(weight.shape)}, expected {tuple(expected)} for x of shape '
+            f'{tuple(x.shape)} and kernel_size {kernel_size}')
+    if x.dtype not in _DTYPES:
+        raise ValueError(f'local_conv: x has dtype {x.dtype}, expected one of {", ".join(map(str, _DTYPES))}')
+    if weight.device != x.device:
+        raise ValueError(f'local_conv: weight is on {weight.device}, expected it on {x.device} like x')
