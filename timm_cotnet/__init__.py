@@ -1,2 +1,9 @@
 """Contextual Transformer networks (CoTNet, arXiv:2107.12292) for timm. Importing this registers the models with timm."""
+from .cotnet import CotBottleneck, CotNet, SeCotNetD, SplitAttnBottleneck
+from .layers import CoTAttention, CotLayer, CoxtLayer
+from .ops import local_conv
+
 __version__ = '0.1.0'
+__all__ = [
+    'CoTAttention', 'CotBottleneck', 'CotLayer', 'CotNet', 'CoxtLayer', 'SeCotNetD', 'SplitAttnBottleneck', 'local_conv',
+]
