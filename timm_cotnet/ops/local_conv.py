@@ -1,7 +1,7 @@
 """Front end of local convolution: checks its input, then picks one implementation (`choose`, the only such place)."""
 import torch
 
-from .reference import local_conv_reference
+from .reference import local_conv_reference, sum_of_taps
 from .shifted import LocalConvShifted
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,12 +37,15 @@ def local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dila
 
 @torch.jit.unused
 def _local_conv_eager(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    if isinstance(x, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy) or torch.jit.is_tracing():
-        return local_conv_reference(x, weight, kernel_size, dilation)  # sizes are symbols there: nothing to check
+    if isinstance(x, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
+        return sum_of_taps(x, weight, kernel_size, dilation)  # sizes and dtypes are symbols there: nothing to check
+    if torch.jit.is_tracing():
+        return local_conv_reference(x, weight, kernel_size, dilation)  # sizes are tensors there
     _check(x, weight, kernel_size, dilation)
     device_type = x.device.type
-    if x.dtype != torch.float64 and _autocast_enabled(device_type):
-        dtype = _autocast_dtype(device_type)
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
     elif x.dtype != weight.dtype:
         raise ValueError(f'local_conv: weight has dtype {weight.dtype}, x has {x.dtype}; cast one of them')
@@ -66,14 +69,6 @@ def is_traced(x: torch.Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
-
-
-def _autocast_enabled(device_type: str) -> bool:
-    return torch.is_autocast_enabled(device_type)
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype:
-    return torch.get_autocast_dtype(device_type)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> None:

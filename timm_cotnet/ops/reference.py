@@ -9,11 +9,15 @@ import torch.nn.functional as F
 
 def local_conv_reference(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dilation: int = 1) -> torch.Tensor:
     """See `timm_cotnet.local_conv`; no checks. Half types are accumulated in float32."""
+    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+        return sum_of_taps(x.float(), weight.float(), kernel_size, dilation).to(x.dtype)
+    return sum_of_taps(x, weight, kernel_size, dilation)
+
+
+def sum_of_taps(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """The same in the dtype of its operands, without a branch, so that `torch.fx` can trace it."""
     B, C, H, W = x.shape
     G = weight.shape[1]
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if dtype == torch.float16 or dtype == torch.bfloat16:
-        x, weight = x.float(), weight.float()
     pad = dilation * (kernel_size // 2)
     # channel c = m * G + g uses filter g: (B, C, H, W) -> (B, C // G, G, H + 2 * pad, W + 2 * pad)
     x = F.pad(x, [pad, pad, pad, pad]).reshape(B, C // G, G, H + 2 * pad, W + 2 * pad)
@@ -22,4 +26,4 @@ def local_conv_reference(x: torch.Tensor, weight: torch.Tensor, kernel_size: int
     for tap in range(1, kernel_size * kernel_size):
         i, j = tap // kernel_size * dilation, tap % kernel_size * dilation
         out = out + x[:, :, :, i:i + H, j:j + W] * weight[:, :, :, tap]
-    return out.reshape(B, C, H, W).to(dtype)
+    return out.reshape(B, C, H, W)
