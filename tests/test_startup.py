@@ -240,6 +240,17 @@ def test_registers_once(stand_in, first):
     assert_prints(result, "['cotnet50'] 1 False")
 
 
+def test_package_whose_first_module_imports_timm(stand_in):
+    files = {
+        'timm_cotnet/__init__.py': 'from . import layers, cotnet',
+        'timm_cotnet/layers.py': 'import timm\nCotLayer = object',
+        'timm_cotnet/cotnet.py': 'from timm.models import registered\nfrom .layers import CotLayer\n'
+                                 "registered.append('cotnet50')",
+    }
+    code = 'from timm_cotnet.layers import CotLayer; import timm; print(timm.registered)'
+    assert_prints(stand_in(code, files=files), "['cotnet50']")
+
+
 def test_isolated_mode(stand_in, tmp_path):
     code = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); import timm; print(timm.registered)'
     assert_prints(stand_in(code, '-I'), "['cotnet50']")
@@ -418,45 +429,100 @@ def test_two_such_plugins(stand_in, order):
 
 
 def test_zip_archive(stand_in, tmp_path):
-    """`zipimport` gives all modules of a folder the same loader."""
+    """`zipimport` gives the modules of a folder one loader: only `timm.models` may bring the models."""
+    files = {
+        'timm/__init__.py': """
+            import sys
+            import _timm_cotnet_autoload
+            _timm_cotnet_autoload.Finder.find_spec('timm.models', __path__)
+            from . import layers
+            early = 'timm_cotnet' in sys.modules
+            from .models import registered
+        """,
+        'timm/layers.py': '',
+        'timm/models/__init__.py': 'registered = []',
+    }
     with ZipFile(tmp_path / 'timm.zip', 'w') as archive:
-        for name, text in STAND_IN.items():
-            if name.startswith('timm/'):
-                archive.writestr(name, text)
-    result = stand_in(f'''
-        import sys, zipimport
-        sys.path.insert(0, {str(tmp_path / 'timm.zip')!r})
-        import _timm_cotnet_autoload
-        import timm.models
-        _timm_cotnet_autoload.Finder.find_spec('timm.models', timm.__path__)
-        import timm.models.resnet
-        loader = timm.models.__loader__
-        print(type(loader).__name__, timm.registered)
-    ''')
-    assert_prints(result, "zipimporter ['cotnet50']")
-
-
-@pytest.mark.parametrize('loader', ['Loader()', 'Loader', 'None'], ids=['slots', 'class', 'namespace package'])
-def test_loader_that_cannot_be_wrapped(stand_in, loader):
+        for name, text in files.items():
+            archive.writestr(name, textwrap.dedent(text))
     result = stand_in(f'''
         import sys
-        from importlib.machinery import ModuleSpec
+        sys.path.insert(0, {str(tmp_path / 'timm.zip')!r})
+        import timm
+        loader = timm.models.__loader__
+        print(type(loader).__name__, timm.early, timm.registered, 'exec_module' in vars(loader))
+    ''')
+    assert_prints(result, "zipimporter False ['cotnet50'] False")
 
-        class Loader:
-            __slots__ = ()
-            create_module = staticmethod(lambda spec: None)
-            exec_module = staticmethod(lambda module: None)
 
-        class Finder:
-            @staticmethod
-            def find_spec(name, path=None, target=None):
-                return ModuleSpec(name, {loader}, is_package=True) if name == 'timm.models' else None
+LOADERS = '''
+    import sys
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
-        sys.meta_path.insert(1, Finder)
-        import timm.models
-        print(timm.models.__spec__.name, 'timm_cotnet' in sys.modules)
-    ''', files={'timm/__init__.py': ''})
+    class Loader:
+        def create_module(self, spec):
+            return None
+        def exec_module(self, module):
+            pass
+
+    class SlotLoader:
+        __slots__ = ()
+        create_module = staticmethod(lambda spec: None)
+        exec_module = staticmethod(lambda module: None)
+
+    class OldLoader:
+        def load_module(self, name):
+            return sys.modules.setdefault(name, ModuleType(name))
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return ModuleSpec(name, loader, is_package=True) if name == 'timm.models' else None
+
+    sys.meta_path.insert(1, Finder)
+'''
+
+
+@pytest.mark.parametrize('loader', [
+    pytest.param('SlotLoader()', id='slots'),
+    pytest.param('SlotLoader', id='class'),
+    pytest.param('None', id='namespace package'),
+    pytest.param('OldLoader()', id='load_module', marks=pytest.mark.skipif(
+        sys.version_info >= (3, 15), reason='Python 3.15 takes no loader that has load_module alone',
+    )),
+])
+def test_loader_that_cannot_be_wrapped(stand_in, loader):
+    code = "import timm.models\nprint(timm.models.__name__, 'timm_cotnet' in sys.modules)"
+    result = stand_in(f'{textwrap.dedent(LOADERS)}\nloader = {loader}\n{code}', files={'timm/__init__.py': ''})
     assert_prints(result, 'timm.models False')
+
+
+def test_loader_is_restored(stand_in):
+    """A method that another tool put on the loader runs, and is there again afterwards."""
+    code = textwrap.dedent(LOADERS) + textwrap.dedent('''
+        def exec_module(module):
+            module.registered = [loader.exec_module is exec_module]
+
+        loader = Loader()
+        loader.exec_module = exec_module
+        import timm.models
+        print(timm.models.registered, loader.exec_module is exec_module)
+    ''')
+    assert_prints(stand_in(code, files={'timm/__init__.py': ''}), "[True, 'cotnet50'] True")
+
+
+def test_finder_without_find_spec(stand_in):
+    result = stand_in('''
+        import sys
+        class Old:
+            def find_module(self, name, path=None):
+                return None
+        sys.meta_path.insert(1, Old())
+        import timm
+        print(timm.registered)
+    ''')
+    assert_prints(result, "['cotnet50']")
 
 
 def test_finder_behind_a_proxy(stand_in):

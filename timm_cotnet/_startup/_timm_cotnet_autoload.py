@@ -36,7 +36,7 @@ def _register_after(loader) -> None:
     state = getattr(loader, '__dict__', None)
     if exec_module is None or not isinstance(state, dict):
         return  # cannot be wrapped: timm comes first, and `import timm_cotnet` still works
-    wrapped_before = 'exec_module' in state  # by another plugin
+    wrapped_before = 'exec_module' in state  # by another plugin or tool
 
     def exec_and_register(module):
         if module.__name__ != 'timm.models':  # zipimport shares one loader among the modules of a folder
