@@ -23,7 +23,9 @@ from timm.models._registry import generate_default_cfgs, register_model, registe
 from timm.models.resnet import ResNet, drop_blocks
 
 from .fold import fold_pair, fold_sequential, make_stem_foldable
+from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs
+from .published import PUBLISHED
 
 __all__ = ['CotBottleneck', 'SplitAttnBottleneck', 'CotNet', 'SeCotNetD']
 
@@ -156,7 +158,7 @@ class SplitAttnBottleneck(CotBottleneck):
         return super().fuse()
 
 
-class CotNet(ResNet):
+class CotNet(CheckedLoading, ResNet):
     """CoTNet and CoTNeXt: timm's ResNet made of `CotBottleneck`s.
 
     Args:
@@ -169,7 +171,7 @@ class CotNet(ResNet):
         make_stem_foldable(self.conv1, self.bn1)
 
 
-class SeCotNetD(ResNet):
+class SeCotNetD(CheckedLoading, ResNet):
     """SE-CoTNetD: split-attention blocks in the first two stages, in turn with CoT blocks in the third, CoT in the last.
 
     The stem is three 3x3 convolutions without a max-pool; the first stage has a stride of two instead. Official
@@ -283,7 +285,9 @@ def _downsample_avg(in_chans: int, out_chans: int, stride: int, dilation: int, n
 
 
 def _create_cotnet(variant: str, pretrained: bool = False, model_cls: Type[ResNet] = CotNet, **kwargs) -> ResNet:
-    return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    if pretrained:
+        return build_pretrained(model_cls, variant, **kwargs)
+    return build_model_with_cfg(model_cls, variant, False, **kwargs)
 
 
 _create_se_cotnetd = partial(_create_cotnet, model_cls=SeCotNetD)
@@ -305,7 +309,15 @@ _cfg_d = partial(_cfg, first_conv='conv1.0')
 _cfg_d256 = partial(_cfg_d, input_size=(3, 256, 256), pool_size=(8, 8), crop_pct=0.888)
 _cfg_d320 = partial(_cfg_d, input_size=(3, 320, 320), pool_size=(10, 10), crop_pct=0.909)
 
-default_cfgs = generate_default_cfgs({
+
+def _on_hub(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Adds where the Hub has the published weights."""
+    for tag in PUBLISHED:
+        cfgs[tag].update(hf_hub_id=f'{HUB_NAMESPACE}/{tag}', hf_hub_filename=WEIGHTS_NAME)
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_on_hub({
     'cotnet50.jd_in1k': _cfg(),
     'cotnet101.jd_in1k': _cfg(),
     'cotnext50_2x48d.jd_in1k': _cfg(),
@@ -320,7 +332,7 @@ default_cfgs = generate_default_cfgs({
         file=str(Path(__file__).with_name('weights') / 'test_cotnet.digits.safetensors'),
         num_classes=10, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, first_conv='conv1.0',
         origin_url='https://scikit-learn.org/stable/datasets/toy_dataset.html#digits-dataset'),
-})
+}))
 
 
 @register_model
@@ -393,3 +405,5 @@ def test_cotnet(pretrained=False, **kwargs) -> CotNet:
 register_model_deprecations(__name__, {
     'se_cotnetd_152_L': 'se_cotnetd_152.jd_in1k_320',  # the official name of the same network at 320 x 320
 })
+
+hook_config_loader()
