@@ -1,5 +1,5 @@
 """Fold batch norms into the convolutions before them: equal results in evaluation from less work."""
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import nn
@@ -53,47 +53,36 @@ def fold_pair(parent: nn.Module, conv_name: str, norm_name: str) -> None:
         setattr(parent, norm_name, nn.Identity())
 
 
-class FoldableSequential(nn.Sequential):
-    """A sequence whose (convolution, batch norm) pairs timm's `reparameterize_model` folds."""
+class StemFold:
+    """Folds a stem for timm's `reparameterize_model`, which visits a network's children in turn and calls their `fuse`.
 
-    def fuse(self) -> nn.Module:
-        fold_sequential(self)
-        return self
-
-
-class StemConv2d(nn.Conv2d):
-    """Last convolution of a stem. timm's `reparameterize_model` visits it before the norm, which then folds into it."""
-    awaits_norm = False
-
-    def fuse(self) -> nn.Module:
-        self.awaits_norm = True
-        return self
-
-
-class StemBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that stands beside its convolution in the network, not in a module with it.
-
-    `conv` holds that convolution, in a tuple so that it is no child of this module. It may have been replaced in the
-    network since; then nobody has called its `fuse`, and nothing is folded.
+    The stem's norm stands beside its convolution in the network, not in one module with it. So each gets a method of this
+    object as its `fuse`, and the norm folds only if the convolution has been visited before: had it been replaced in the
+    network since, the norm would belong to another one.
     """
-    conv: Tuple[StemConv2d]
 
-    def fuse(self) -> nn.Module:
-        conv, = self.conv
-        if not conv.awaits_norm or not is_foldable(self):
-            return self
-        folded = fold_norm(conv, self)
+    def __init__(self, stem: nn.Module, norm: nn.Module):
+        self.stem = stem
+        self.norm = norm
+        self.visited = False
+
+    def fuse_stem(self) -> nn.Module:
+        if isinstance(self.stem, nn.Sequential):
+            fold_sequential(self.stem)
+        self.visited = True
+        return self.stem
+
+    def fuse_norm(self) -> nn.Module:
+        conv = self.stem[-1] if isinstance(self.stem, nn.Sequential) else self.stem
+        if not (self.visited and isinstance(conv, nn.Conv2d) and is_foldable(self.norm)):
+            return self.norm
+        folded = fold_norm(conv, self.norm)
         conv.weight, conv.bias = folded.weight, folded.bias
         return nn.Identity()
 
 
 def make_stem_foldable(stem: nn.Module, norm: nn.Module) -> None:
     """Let timm's `reparameterize_model` fold a stem (a convolution or a sequence ending in one) and the norm after it."""
-    conv = stem
-    if isinstance(stem, nn.Sequential):
-        stem.__class__ = FoldableSequential
-        conv = stem[-1]
-    if type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d:
-        conv.__class__ = StemConv2d
-        norm.__class__ = StemBatchNorm2d
-        norm.conv = (conv,)
+    fold = StemFold(stem, norm)
+    stem.fuse = fold.fuse_stem
+    norm.fuse = fold.fuse_norm

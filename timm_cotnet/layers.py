@@ -183,8 +183,10 @@ def grouped_local_conv(
     attn = attn.view(B, attn.shape[1] // taps, taps, H, W)
     if groups == 1:
         return local_conv(x, attn, kernel_size, dilation)
-    slices = zip(x.chunk(groups, 1), attn.chunk(groups, 1))
-    return torch.cat([local_conv(xs, attns, kernel_size, dilation) for xs, attns in slices], 1)
+    c, g = C // groups, attn.shape[1] // groups
+    return torch.cat([
+        local_conv(x[:, i * c:(i + 1) * c], attn[:, i * g:(i + 1) * g], kernel_size, dilation) for i in range(groups)
+    ], 1)
 
 
 class FusedCotLayer(nn.Module):

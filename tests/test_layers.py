@@ -1,0 +1,138 @@
+"""Layers against numbers of the official implementation, and the ways in which layers are used."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import filled, golden_input, load
+from torch import nn
+
+from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
+from timm_cotnet.layers import grouped_local_conv
+
+LAYERS = {
+    'cot_dim64_k3': lambda: CotLayer(64, 3),
+    'coxt_dim96_k3': lambda: CoxtLayer(96, 3),
+    'seed_dim64_k3': lambda: CoTAttention(64, 3),
+}
+
+
+@pytest.mark.parametrize('tag', LAYERS)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_golden(tag, memory_format):
+    data = load('layers')
+    x = golden_input(tuple(data[f'{tag}_eval'].shape), 'layer' + tag).contiguous(memory_format=memory_format)
+
+    layer = filled(LAYERS[tag]()).eval()
+    torch.testing.assert_close(layer(x), data[f'{tag}_eval'], rtol=0, atol=1e-9)
+
+    layer = filled(LAYERS[tag]()).train()
+    x.requires_grad_()
+    out = layer(x)
+    torch.testing.assert_close(out, data[f'{tag}_train'], rtol=0, atol=1e-9)
+    out.square().mean().backward()
+    torch.testing.assert_close(x.grad, data[f'{tag}_input_grad'], rtol=0, atol=1e-9)
+    parameters = dict(layer.named_parameters())
+    names = data[f'{tag}_param_names']
+    assert names == list(parameters)
+    norms = torch.stack([parameters[name].grad.norm() for name in names])
+    torch.testing.assert_close(norms, data[f'{tag}_param_grad_norms'], rtol=0, atol=1e-9)
+
+
+def test_article_module_has_the_keys_of_the_article():
+    state_dict = CoTAttention(64, 3).state_dict()
+    assert [f'{key}: {list(value.shape)}' for key, value in state_dict.items()] == load('layers')['seed_state_dict_dim64_k3']
+
+
+@pytest.mark.parametrize('tag', LAYERS)
+def test_float32_is_close_to_float64(tag):
+    expected = load('layers')[f'{tag}_eval']
+    layer = filled(LAYERS[tag]()).float().eval()
+    x = golden_input(tuple(expected.shape), 'layer' + tag).float()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('layer_cls', [CotLayer, CoxtLayer])
+@pytest.mark.parametrize('kernel_size, dilation', [(3, 2), (5, 1), (7, 3)])
+def test_kernel_size_and_dilation_reach_both_convolutions(layer_cls, kernel_size, dilation):
+    layer = layer_cls(32, kernel_size, dilation).eval()
+    x = torch.randn(1, 32, 40, 40, requires_grad=True)
+    reach = dilation * (kernel_size // 2)
+    values = layer.conv1x1(x)
+    values.retain_grad()
+    attn = torch.randn(1, 4 * kernel_size * kernel_size, 40, 40)
+    dynamic = grouped_local_conv(values, attn, kernel_size, dilation, layer.groups)
+    (layer.key_embed(x)[0, :, 20, 20].sum() + dynamic[0, :, 20, 20].sum()).backward()
+    for grad in (x.grad, values.grad):
+        rows = grad.abs().sum((0, 1, 3)).nonzero().flatten()
+        assert (rows.min(), rows.max()) == (20 - reach, 20 + reach)
+
+
+def test_article_module_matches_the_article_formula():
+    layer = filled(CoTAttention(16, 5)).eval()
+    x = golden_input((2, 16, 6, 5))
+    static = layer.key_embed(x)
+    logits = nn.Sequential.forward(layer.attention_embed[:3], torch.cat([static, x], 1))
+    last = layer.attention_embed[3]
+    logits = F.conv2d(logits, last.weight, last.bias).view(2, 16, 25, 6, 5).mean(2)
+    expected = static + logits.flatten(2).softmax(-1).view_as(x) * layer.value_embed(x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('tag', LAYERS)
+def test_sequences_of_the_state_dict_names_still_work_alone(tag):
+    layer = filled(LAYERS[tag]()).eval()
+    dim, embed = layer.dim, layer.attention_embed if tag.startswith('seed') else layer.embed
+    q, k = golden_input((1, dim, 3, 4), 'q'), golden_input((1, dim, 3, 4), 'k')
+    both = torch.stack([q, k], 2).flatten(1, 2) if tag.startswith('coxt') else torch.cat([q, k], 1)
+    torch.testing.assert_close(embed[0](both), embed[0].pair(q, k), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('tag', LAYERS)
+def test_script_trace_compile(tag):
+    layer = filled(LAYERS[tag]()).float().eval()
+    x = golden_input((2, layer.dim, 7, 6)).float()
+    expected = layer(x)
+    for variant in (
+            torch.jit.script(copy.deepcopy(layer)),
+            torch.jit.trace(layer, x),
+            torch.fx.symbolic_trace(layer),
+            torch.export.export(layer, (x,)).module(),
+            torch.compile(layer, fullgraph=True, backend='aot_eager'),
+    ):
+        torch.testing.assert_close(variant(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('tag', LAYERS)
+def test_half_types_and_autocast(tag, dtype):
+    layer = filled(LAYERS[tag]()).float().eval()
+    x = golden_input((2, layer.dim, 7, 6)).float()
+    expected = layer(x)
+    with torch.autocast('cpu', dtype):
+        out = layer(x)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.1)
+    out = layer.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize('layer_cls, kwargs, message', [
+    (CotLayer, dict(dim=20), 'dim is 20, expected a multiple of 8'),
+    (CoxtLayer, dict(dim=24), 'dim is 24, expected a multiple of 16'),
+    (CoTAttention, dict(dim=6), 'dim is 6, expected a multiple of 4'),
+    (CotLayer, dict(dim=16, kernel_size=4), 'kernel_size is 4, expected a positive odd integer'),
+    (CoTAttention, dict(dim=16, kernel_size=2), 'kernel_size is 2, expected a positive odd integer'),
+    (CotLayer, dict(dim=16, dilation=0), 'dilation is 0, expected a positive integer'),
+])
+def test_wrong_arguments_are_named(layer_cls, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        layer_cls(**kwargs)
+
+
+def test_norm_layer_device_and_dtype():
+    layer = CotLayer(16, norm_layer=lambda dim, **dd: nn.GroupNorm(2, dim, **dd), dtype=torch.float64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in layer.modules())
+    assert layer(torch.randn(1, 16, 5, 5, dtype=torch.float64)).dtype == torch.float64
+    assert layer.fuse() is layer  # nothing to fold
+    assert all(p.is_meta for p in CoxtLayer(32, device='meta').parameters())
