@@ -4,7 +4,7 @@ Writes scikit-learn's digits as an image folder, evaluates the weights of `test_
 them with a new classifier, saves safetensors and config, loads these back, and draws what the first CoT layer sees. Ends
 with a message and status 1 if anything is off.
 
-The weights of `test_cotnet` were made by `--no-pretrained --epochs 25`.
+The weights of `test_cotnet` were made by `--no-pretrained --epochs 25 --lr 3e-3`.
 """
 import argparse
 import importlib.util
@@ -103,7 +103,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help=f'start from pretrained weights (default: only {EMBEDDED} does)')
     parser.add_argument('--epochs', type=int, default=5, help='passes over the training images')
     parser.add_argument('--batch-size', type=int, default=64, help='images per step')
-    parser.add_argument('--lr', type=float, default=3e-3, help='highest learning rate')
+    parser.add_argument('--lr', type=float, default=1e-3, help='highest learning rate')
     parser.add_argument('--img-size', type=int, default=64, help='side to which images are resized')
     parser.add_argument('--min-accuracy', type=float, default=90., help='percent below which the demonstration fails')
     parser.add_argument('--output', type=Path, default='cotnet-demo', help='folder for all that is written')
@@ -230,9 +230,10 @@ def draw_predictions(
     mean, std = (torch.tensor(data_config[key]).view(3, 1, 1) for key in ('mean', 'std'))
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, H, W, 3)
 
-    rows = {'input': pixels, 'static context': static, 'dynamic context': dynamic}
-    figure = Figure(figsize=(1.1 * len(chosen) + 0.5, 4.4), layout='constrained')
+    rows = {'input': pixels, 'static\ncontext': static, 'dynamic\ncontext': dynamic}
+    figure = Figure(figsize=(1.1 * len(chosen) + 0.5, 4.7), layout='constrained')
     figure.suptitle(title)
+    figure.supxlabel('length of each pixel\'s context vector in the first CoT layer, brighter is longer', fontsize=10)
     grid = figure.subplots(len(rows), len(chosen), squeeze=False)
     for axes, (name, maps) in zip(grid, rows.items()):
         axes[0].set_ylabel(name)
