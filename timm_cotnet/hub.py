@@ -246,23 +246,22 @@ class DamagedFileError(OSError):
 
 
 def _download(get: Callable[..., str]) -> str:
-    """Downloads, once more after a fault that may pass; then what the cache has is good enough."""
-    try:
-        path = get()
-    except Exception as error:
-        if not _may_pass(error):
-            raise
-        _logger.warning(f'Download failed, trying once more: {error}')
-        time.sleep(1)
+    """Downloads, and again after a fault that may pass; at last, what the cache has is good enough."""
+    for pause in (1, 2, None):
         try:
             path = get()
+            break
         except Exception as error:
             if not _may_pass(error):
                 raise
-            try:
-                path = get(local_files_only=True)
-            except LocalEntryNotFoundError:
-                raise error
+            if pause is None:
+                try:
+                    path = get(local_files_only=True)
+                    break
+                except LocalEntryNotFoundError:
+                    raise error
+            _logger.warning(f'Download failed, trying again: {error}')
+            time.sleep(pause)
     _sweep(path)
     return path
 
