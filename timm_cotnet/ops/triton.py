@@ -6,6 +6,7 @@ They are `custom_op`s rather than `triton_op`s: what is compiled gets plain ATen
 `custom_op` also runs in Triton's interpreter.
 """
 import functools
+import math
 from typing import Callable, Optional, Tuple
 
 import torch
@@ -202,31 +203,43 @@ def _launch(
         BLOCK_G = min(_power_of_2(G), 64)
         BLOCK_M = min(_power_of_2(M), max(8, 64 // BLOCK_G))
         BLOCK_W = min(_power_of_2(W), 8)
-        # 128 bytes in a row are what a memory access wants: if the g of one filter are fewer, threads go on with the next m
-        M_AXIS = 0 if BLOCK_G * a.element_size() >= 128 else 1
+        SKEW = BLOCK_G * a.element_size() < 128
     else:  # contiguous: neighbours in memory are pixels
-        BLOCK_G, BLOCK_M, BLOCK_W, M_AXIS = 1, min(_power_of_2(M), 8), min(_power_of_2(W), 64), 0
+        BLOCK_G, BLOCK_M, BLOCK_W, SKEW = 1, min(_power_of_2(M), 8), min(_power_of_2(W), 64), False
+
+    (strides_a, align_a), (strides_b, align_b), (strides_out, align_out) = map(_strides, (a, b, out))
 
     def grid(meta):
-        BLOCK_H = max(1, meta['TILE'] // (BLOCK_M * BLOCK_G * BLOCK_W))
+        BLOCK_H = max(1, meta['FILTERS'] // (BLOCK_G * BLOCK_W))
         return (B * -(-G // BLOCK_G) * -(-H // BLOCK_H) * -(-W // BLOCK_W),)
 
     with torch.cuda.device_of(a):
         getattr(triton_kernels, name)[grid](
-            a, b, out, *a.stride(), *b.stride(), *out.stride(), H, W,
+            a, b, out, *strides_a, *strides_b, *strides_out, H, W, dilation,
             M=M,
             G=G,
             K=kernel_size,
-            DILATION=dilation,
             PIXELS=(B * H * W).bit_length() // 2,  # sizes within a factor of 4 share their tuning
             BLOCK_W=BLOCK_W,
             BLOCK_M=BLOCK_M,
             BLOCK_G=BLOCK_G,
-            M_AXIS=M_AXIS,
+            SKEW=SKEW,
+            ALIGN_A=align_a,
+            ALIGN_B=align_b,
+            ALIGN_OUT=align_out,
             WIDE=needs_64_bits(a, b, out),
             ACC=triton_kernels.accumulator(a.dtype),
             **flags,
         )
+
+
+def _strides(tensor: torch.Tensor) -> Tuple[Tuple[int, ...], int]:
+    """Strides for a kernel and their common factor, up to 16, by which all but the one of axis 1 (channels) are divided.
+
+    The kernel multiplies them again: so the compiler learns how far its loads are aligned, and makes them as wide.
+    """
+    factor = math.gcd(16, *(s for axis, s in enumerate(tensor.stride()) if axis != 1 and tensor.shape[axis] > 1))
+    return tuple(s if axis == 1 else s // factor for axis, s in enumerate(tensor.stride())), factor
 
 
 def _power_of_2(size: int) -> int:
