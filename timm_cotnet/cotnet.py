@@ -23,6 +23,7 @@ from timm.models._registry import generate_default_cfgs, register_model, registe
 from timm.models.resnet import ResNet, drop_blocks
 
 from .fold import fold_pair, fold_sequential, make_stem_foldable
+from .fused import FusedBottleneck, FusedConv2d
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs
 from .published import PUBLISHED
@@ -104,12 +105,17 @@ class CotBottleneck(nn.Module):
             nn.init.zeros_(self.bn3.weight)
 
     def fuse(self) -> nn.Module:
-        """Fold the batch norms in place (called by timm's `reparameterize_model`, which goes on to the children)."""
+        """The block for evaluation, with folded batch norms (called by timm's `reparameterize_model`)."""
         fold_pair(self, 'conv1', 'bn1')
         fold_pair(self, 'conv3', 'bn3')
         if self.downsample is not None:
             fold_sequential(self.downsample)
-        return self
+        self._fuse_spatial_layers()
+        return FusedBottleneck(self) if FusedBottleneck.is_fusible(self) else self
+
+    def _fuse_spatial_layers(self) -> None:
+        if isinstance(self.conv2, CotLayer):
+            self.conv2 = self.conv2.fuse()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
@@ -152,10 +158,14 @@ class SplitAttnBottleneck(CotBottleneck):
         avd_last = create_aa(aa_layer, channels=width, stride=stride, **dd) if pool else nn.Identity()
         return nn.Identity(), conv2, avd_last
 
-    def fuse(self) -> nn.Module:
-        fold_pair(self.conv2, 'conv', 'bn0')
-        fold_pair(self.conv2, 'fc1', 'bn1')
-        return super().fuse()
+    def _fuse_spatial_layers(self) -> None:
+        conv2 = self.conv2
+        fold_pair(conv2, 'conv', 'bn0')
+        fold_pair(conv2, 'fc1', 'bn1')
+        if isinstance(conv2.bn0, nn.Identity) and isinstance(conv2.drop, nn.Identity) \
+                and FusedConv2d.is_fusible(conv2.conv, conv2.act0):
+            conv2.conv = FusedConv2d(conv2.conv, conv2.act0)
+            conv2.act0 = nn.Identity()
 
 
 class CotNet(CheckedLoading, ResNet):

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fold import conv_like, fold_norm, fold_sequential, is_foldable
-from .ops import local_conv
+from .fold import fold_norm, fold_sequential, is_foldable
+from .fused import FusedCotLayer
+from .ops import grouped_local_conv
 
 SHARE_PLANES = 8  # number of channels that share one dynamic filter
 
@@ -163,79 +164,6 @@ class CoxtLayer(CotLayer):
     """
     KEY_GROUPS = 8
     GROUPS = 2
-
-
-def grouped_local_conv(
-        x: torch.Tensor,
-        attn: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-        groups: int,
-) -> torch.Tensor:
-    """Local convolution of each of `groups` consecutive slices of the channels with its own slice of the filters.
-
-    Args:
-        x: Values, (B, C, H, W).
-        attn: Filters, (B, G * k * k, H, W), filter by filter.
-    """
-    B, C, H, W = x.shape
-    taps = kernel_size * kernel_size
-    attn = attn.view(B, attn.shape[1] // taps, taps, H, W)
-    if groups == 1:
-        return local_conv(x, attn, kernel_size, dilation)
-    c, g = C // groups, attn.shape[1] // groups
-    return torch.cat([
-        local_conv(x[:, i * c:(i + 1) * c], attn[:, i * g:(i + 1) * g], kernel_size, dilation) for i in range(groups)
-    ], 1)
-
-
-class FusedCotLayer(nn.Module):
-    """`CotLayer` or `CoxtLayer` for evaluation: batch norms folded, shared inputs convolved once, equal results.
-
-    The batch norm after the local convolution goes into the values (its scale) and behind the operator (its shift), as
-    the operator is linear in the values. Of the fusion's two logits only the difference is computed.
-
-    Args:
-        layer: The layer to convert; left as it is.
-    """
-
-    def __init__(self, layer: CotLayer):
-        super().__init__()
-        self.kernel_size = layer.kernel_size
-        self.dilation = layer.dilation
-        self.groups = layer.groups
-
-        self.key_embed = nn.Sequential(fold_norm(layer.key_embed[0], layer.key_embed[1]), nn.ReLU(inplace=True))
-
-        query_key, norm = layer.embed[0], layer.embed[1]
-        folded = fold_norm(query_key, norm)
-        weight_q, weight_k = query_key.query_key_weights()
-        scale = (norm.weight if norm.weight is not None else 1) * (norm.running_var + norm.eps).rsqrt()
-        scale = scale.view(-1, 1, 1, 1)
-        self.query = conv_like(query_key, weight_q * scale, folded.bias)
-        self.key = conv_like(query_key, weight_k * scale)
-        self.attn = nn.Sequential(nn.ReLU(inplace=True), layer.embed[3], layer.embed[4])
-
-        value = fold_norm(layer.conv1x1[0], layer.conv1x1[1])
-        bn = layer.bn
-        scale = (bn.weight if bn.weight is not None else 1) * (bn.running_var + bn.eps).rsqrt()
-        shift = (bn.bias if bn.bias is not None else 0) - bn.running_mean * scale
-        self.value = conv_like(value, value.weight * scale.view(-1, 1, 1, 1), value.bias * scale)
-        self.shift = nn.Parameter(shift.detach().view(1, -1, 1, 1), requires_grad=value.weight.requires_grad)
-        self.act = nn.SiLU(inplace=True)
-
-        self.se = nn.Sequential(fold_norm(layer.se[0], layer.se[1]), nn.ReLU(inplace=True))
-        last = layer.se[3]
-        self.se.append(conv_like(last, last.weight[1::2] - last.weight[0::2], last.bias[1::2] - last.bias[0::2]))
-        self.train(layer.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        static = self.key_embed(x)
-        attn = self.attn(self.query(x) + self.key(static))
-        dynamic = grouped_local_conv(self.value(x), attn, self.kernel_size, self.dilation, self.groups)
-        dynamic = self.act(dynamic + self.shift)
-        gap = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
-        return torch.lerp(dynamic, static.to(dynamic.dtype), self.se(gap).sigmoid().to(dynamic.dtype))
 
 
 class CoTAttention(nn.Module):

@@ -1,4 +1,4 @@
 """Local convolution, the operator of CoT: `local_conv.py` is the front end, each other file one implementation."""
-from .local_conv import local_conv
+from .local_conv import grouped_local_conv, is_traced, local_conv
 
-__all__ = ['local_conv']
+__all__ = ['grouped_local_conv', 'is_traced', 'local_conv']

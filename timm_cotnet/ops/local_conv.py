@@ -35,6 +35,30 @@ def local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dila
         return _local_conv_eager(x, weight, kernel_size, dilation)
 
 
+def grouped_local_conv(
+        x: torch.Tensor,
+        attn: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+        groups: int,
+) -> torch.Tensor:
+    """Local convolution of each of `groups` consecutive slices of the channels with its own slice of the filters.
+
+    Args:
+        x: Values, (B, C, H, W).
+        attn: Filters, (B, G * k * k, H, W), filter by filter.
+    """
+    B, C, H, W = x.shape
+    taps = kernel_size * kernel_size
+    attn = attn.view(B, attn.shape[1] // taps, taps, H, W)
+    if groups == 1:
+        return local_conv(x, attn, kernel_size, dilation)
+    c, g = C // groups, attn.shape[1] // groups
+    return torch.cat([
+        local_conv(x[:, i * c:(i + 1) * c], attn[:, i * g:(i + 1) * g], kernel_size, dilation) for i in range(groups)
+    ], 1)
+
+
 @torch.jit.unused
 def _local_conv_eager(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     if isinstance(x, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):

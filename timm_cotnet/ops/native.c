@@ -1,0 +1,268 @@
+/* Kernels of CoT for channels-last tensors on the CPU. `native.py` compiles this file and says what the arguments are.
+
+SCALAR is the type of all tensors, float or (-DBFLOAT16) bfloat16; sums are kept in float. Activations are (B, H * W, C),
+filters (B, H * W, G * taps) with tap t of filter g at g * stride_g + t * stride_t. Threads share the images out among
+themselves, or the rows of each image where there are more threads than images. Channels and filters come in `slices`: a
+channel uses a filter of its own slice. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef BFLOAT16
+typedef uint16_t SCALAR;
+static inline float load(SCALAR value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+static inline SCALAR store(float value) { /* to the nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#else
+typedef float SCALAR;
+static inline float load(SCALAR value) { return value; }
+static inline SCALAR store(float value) { return value; }
+#endif
+
+#define MAX_TAPS 49
+
+typedef struct {
+    long batch, channels, groups, slices, height, width, kernel_size, dilation, stride_g, stride_t;
+} Shape;
+
+/* exp(x) by 2^n * p(r), |r| <= ln(2) / 2, in straight-line code that compilers vectorize; about one ulp. */
+static inline float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* The taps of a pixel that lie inside the image: their indices and their distances in memory, in pixels. */
+static inline int valid_taps(const Shape *s, long h, long w, int *tap, long *offset) {
+    int n = 0;
+    for (long i = 0; i < s->kernel_size; i++) {
+        for (long j = 0; j < s->kernel_size; j++) {
+            long y = h + (i - s->kernel_size / 2) * s->dilation, x = w + (j - s->kernel_size / 2) * s->dilation;
+            if (y >= 0 && y < s->height && x >= 0 && x < s->width) {
+                tap[n] = i * s->kernel_size + j;
+                offset[n++] = (y - h) * s->width + x - w;
+            }
+        }
+    }
+    return n;
+}
+
+/* out[c] = sum over n taps of x[offset of tap][c] * filters[tap][filter of c], for `lanes` filters from `first` on. Written
+   in GCC's and Clang's vectors, as neither keeps the sums of plain loops in registers. */
+#define DEFINE_WEIGHTED_SUM(lanes) \
+    typedef float Floats##lanes __attribute__((vector_size(4 * lanes))); \
+    static inline void weighted_sum##lanes( \
+            const Shape *s, const SCALAR *x, const float *filters, const int *tap, const long *offset, int n, float *out, \
+            long first) { \
+        long step = s->groups / s->slices, slice = first / step, width = s->channels / s->slices; \
+        for (long c = slice * width + first % step; c < (slice + 1) * width; c += step) { \
+            Floats##lanes sum = {0}, filter, in; \
+            for (int t = 0; t < n; t++) { \
+                const SCALAR *from = x + offset[t] * s->channels + c; \
+                for (int l = 0; l < lanes; l++) in[l] = load(from[l]); \
+                memcpy(&filter, filters + tap[t] * s->groups + first, sizeof(filter)); \
+                sum += in * filter; \
+            } \
+            memcpy(out + c, &sum, sizeof(sum)); \
+        } \
+    }
+#ifdef __AVX512F__
+DEFINE_WEIGHTED_SUM(16)
+#endif
+#ifdef __AVX__
+DEFINE_WEIGHTED_SUM(8)
+#endif
+DEFINE_WEIGHTED_SUM(4)
+DEFINE_WEIGHTED_SUM(1)
+
+/* One pixel of the local convolution; filters is (taps, G) in float. */
+static inline void local_conv_pixel(
+        const Shape *s, const SCALAR *x, const float *filters, const int *tap, const long *offset, int n, float *out) {
+    long step = s->groups / s->slices;
+    for (long end = step, g = 0; end <= s->groups; end += step) {
+#ifdef __AVX512F__
+        for (; g + 16 <= end; g += 16) weighted_sum16(s, x, filters, tap, offset, n, out, g);
+#endif
+#ifdef __AVX__
+        for (; g + 8 <= end; g += 8) weighted_sum8(s, x, filters, tap, offset, n, out, g);
+#endif
+        for (; g + 4 <= end; g += 4) weighted_sum4(s, x, filters, tap, offset, n, out, g);
+        for (; g < end; g++) weighted_sum1(s, x, filters, tap, offset, n, out, g);
+    }
+}
+
+/* Sums over a strip of rows of each of n channels and of its square, both of the difference to the first pixel. */
+static void add_moments(const Shape *s, const SCALAR *image, long n, long row, long end, double *total) {
+    float sum[n], square[n];
+    for (; row < end; row++) { /* short sums in float, long ones in double */
+        memset(sum, 0, sizeof(sum));
+        memset(square, 0, sizeof(square));
+        for (const SCALAR *x = image + row * s->width * n; x < image + (row + 1) * s->width * n; x += n) {
+            for (long i = 0; i < n; i++) {
+                float d = load(x[i]) - load(image[i]);
+                sum[i] += d;
+                square[i] += d * d;
+            }
+        }
+        for (long i = 0; i < n; i++) {
+            total[i] += sum[i];
+            total[n + i] += square[i];
+        }
+    }
+}
+
+/* Group norm over the taps of each filter, as an affine map of each channel. */
+static void norm_affine(
+        const Shape *s, const SCALAR *image, const double *moments, const SCALAR *gamma, const SCALAR *beta, double eps,
+        float *scale, float *bias) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, pixels = s->height * s->width;
+    for (long g = 0; g < s->groups; g++) {
+        double mean = 0, square = 0;
+        for (long t = 0; t < taps; t++) {
+            long i = g * s->stride_g + t * s->stride_t;
+            double d = (double)load(image[i]) - load(image[g * s->stride_g]); /* relative to the filter's first channel */
+            mean += moments[i] + pixels * d;
+            square += moments[n + i] + 2 * d * moments[i] + pixels * d * d;
+        }
+        mean /= taps * pixels;
+        double variance = square / (taps * pixels) - mean * mean;
+        double inverse = 1 / sqrt((variance > 0 ? variance : 0) + eps);
+        mean += load(image[g * s->stride_g]);
+        for (long t = 0; t < taps; t++) {
+            long i = g * s->stride_g + t * s->stride_t;
+            scale[i] = load(gamma[i]) * inverse;
+            bias[i] = load(beta[i]) - mean * load(gamma[i]) * inverse;
+        }
+    }
+}
+
+static inline void norm_filters(
+        const Shape *s, const SCALAR *restrict logits, const float *restrict scale, const float *restrict bias,
+        float *restrict filters) {
+    long taps = s->kernel_size * s->kernel_size;
+    if (s->stride_g == 1)
+        for (long i = 0; i < taps * s->groups; i++) filters[i] = load(logits[i]) * scale[i] + bias[i];
+    else
+        for (long t = 0; t < taps; t++)
+            for (long g = 0; g < s->groups; g++) {
+                long i = g * s->stride_g + t * s->stride_t;
+                filters[t * s->groups + g] = load(logits[i]) * scale[i] + bias[i];
+            }
+}
+
+static void affine_layer(
+        const float *x, long inputs, long outputs, const SCALAR *weight, const SCALAR *bias, float *out) {
+    for (long o = 0; o < outputs; o++) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < inputs; i++) sum += x[i] * load(weight[o * inputs + i]);
+        out[o] = sum + load(bias[o]);
+    }
+}
+
+typedef struct {
+    const SCALAR *gamma, *beta;              /* group norm */
+    double eps;
+    const SCALAR *shift;                     /* batch norm behind the local convolution */
+    const SCALAR *weight1, *bias1, *weight2, *bias2; /* fusion: C -> hidden -> C */
+    long hidden;
+} Parameters;
+
+static void fuse_image(
+        const Shape *s, const Parameters *p, const SCALAR *restrict value, const SCALAR *restrict logits,
+        const SCALAR *restrict key, SCALAR *restrict out, int slices) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
+    long pixels = s->height * s->width;
+    const SCALAR *restrict shift = p->shift;
+    double *moments = calloc(slices * (2 * n + channels), sizeof(double)), *sums = moments + slices * 2 * n;
+    float scale[n], bias[n], pooled[channels], hidden[p->hidden], attn[channels];
+
+#pragma omp parallel for num_threads(slices)
+    for (int i = 0; i < slices; i++)
+        add_moments(s, logits, n, i * s->height / slices, (i + 1) * s->height / slices, moments + i * 2 * n);
+    for (long i = 2 * n; i < slices * 2 * n; i++) moments[i % (2 * n)] += moments[i];
+    norm_affine(s, logits, moments, p->gamma, p->beta, p->eps, scale, bias);
+
+#pragma omp parallel for num_threads(slices)
+    for (int i = 0; i < slices; i++) {
+        float filters[n], row_sum[channels], dynamic[channels];
+        int tap[MAX_TAPS];
+        long offset[MAX_TAPS];
+        for (long h = i * s->height / slices; h < (i + 1) * s->height / slices; h++) {
+            memset(row_sum, 0, sizeof(row_sum));
+            for (long w = 0; w < s->width; w++) {
+                long at = h * s->width + w;
+                norm_filters(s, logits + at * n, scale, bias, filters);
+                int count = valid_taps(s, h, w, tap, offset);
+                local_conv_pixel(s, value + at * channels, filters, tap, offset, count, dynamic);
+                for (long c = 0; c < channels; c++) {
+                    float x = dynamic[c] + load(shift[c]);
+                    x *= sigmoid(x);
+                    row_sum[c] += x + load(key[at * channels + c]);
+                    out[at * channels + c] = store(x);
+                }
+            }
+            for (long c = 0; c < channels; c++) sums[i * channels + c] += row_sum[c];
+        }
+    }
+
+    for (long c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int i = 0; i < slices; i++) sum += sums[i * channels + c];
+        pooled[c] = sum / pixels;
+    }
+    affine_layer(pooled, channels, p->hidden, p->weight1, p->bias1, hidden);
+    for (long i = 0; i < p->hidden; i++) hidden[i] = hidden[i] > 0 ? hidden[i] : 0;
+    affine_layer(hidden, p->hidden, channels, p->weight2, p->bias2, attn);
+    for (long c = 0; c < channels; c++) attn[c] = sigmoid(attn[c]);
+
+#pragma omp parallel for num_threads(slices)
+    for (int i = 0; i < slices; i++) {
+        for (long at = i * pixels / slices; at < (i + 1) * pixels / slices; at++) {
+            for (long c = 0; c < channels; c++) {
+                float dynamic = load(out[at * channels + c]);
+                out[at * channels + c] = store(dynamic + attn[c] * (load(key[at * channels + c]) - dynamic));
+            }
+        }
+    }
+    free(moments);
+}
+
+/* All of a folded CoT layer behind its convolutions. */
+void fuse_contexts(
+        const Shape *s, const Parameters *p, const SCALAR *value, const SCALAR *logits, const SCALAR *key, SCALAR *out,
+        int threads) {
+    long pixels = s->height * s->width, n = s->groups * s->kernel_size * s->kernel_size;
+    int slices = s->batch < threads ? threads : 1;
+#define FUSE(b) fuse_image( \
+        s, p, value + b * pixels * s->channels, logits + b * pixels * n, key + b * pixels * s->channels, \
+        out + b * pixels * s->channels, slices)
+    if (slices > 1) /* not within a parallel region: nested ones start new threads each time */
+        for (long b = 0; b < s->batch; b++) FUSE(b);
+    else {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (long b = 0; b < s->batch; b++) FUSE(b);
+    }
+}

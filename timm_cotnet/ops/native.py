@@ -1,0 +1,122 @@
+"""Kernels in C for channels-last tensors on the CPU, compiled from `native.c` when they are first needed.
+
+The library lands in the user's cache (`$XDG_CACHE_HOME/timm_cotnet`), one file for each compiler, processor and version
+of the source. Where anything is missing (a compiler, a place to write), plain PyTorch does the work; `why_not_native`
+says why. `TIMM_COTNET_NATIVE=0` turns the kernels off.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+
+_SOURCE = Path(__file__).with_name('native.c')
+_DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
+_FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
+_X86_FLAGS = ['-mprefer-vector-width=512']
+MAX_KERNEL_SIZE = 7  # MAX_TAPS in native.c
+
+
+class Shape(ctypes.Structure):
+    """`Shape` of native.c."""
+    _fields_ = [(name, ctypes.c_long) for name in (
+        'batch', 'channels', 'groups', 'slices', 'height', 'width', 'kernel_size', 'dilation', 'stride_g', 'stride_t')]
+
+
+class Parameters(ctypes.Structure):
+    """`Parameters` of native.c."""
+    _fields_ = [
+        ('gamma', ctypes.c_void_p), ('beta', ctypes.c_void_p), ('eps', ctypes.c_double), ('shift', ctypes.c_void_p),
+        ('weight1', ctypes.c_void_p), ('bias1', ctypes.c_void_p), ('weight2', ctypes.c_void_p),
+        ('bias2', ctypes.c_void_p), ('hidden', ctypes.c_long)]
+
+
+def why_not_native(x: torch.Tensor) -> Optional[str]:
+    """The reason why the kernels cannot run on tensors like x here and now; None if they can."""
+    if x.device.type != 'cpu' or x.dtype not in _DEFINES:
+        return f'there are no kernels for {x.dtype} on {x.device.type}'
+    library = load(x.dtype)
+    return library if isinstance(library, str) else None
+
+
+@functools.lru_cache(maxsize=None)
+def load(dtype: torch.dtype) -> Union[ctypes.CDLL, str]:
+    """The library for one dtype, or the reason why there is none."""
+    if os.environ.get('TIMM_COTNET_NATIVE') == '0':
+        return 'TIMM_COTNET_NATIVE is 0'
+    try:
+        return ctypes.CDLL(str(_build(_DEFINES[dtype])))
+    except Exception as error:  # whatever it is, it costs speed only
+        return f'the kernels cannot be compiled or loaded ({type(error).__name__}: {error})'
+
+
+def _build(defines: list) -> Path:
+    """Path of the compiled library, which is compiled first where it is not there yet."""
+    compiler = shutil.which(os.environ.get('CC', 'cc'))
+    if compiler is None:
+        raise FileNotFoundError('no C compiler; install one or set CC')
+    flags = [*_FLAGS, *(_X86_FLAGS if platform.machine() in ('x86_64', 'AMD64') else []), *defines]
+    made = os.stat(compiler)
+    key = [_SOURCE.read_text(), flags, compiler, made.st_size, made.st_mtime_ns, _processor()]
+    name = f'{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so'
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_cotnet'
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (folder / name).exists():
+        with tempfile.TemporaryDirectory(dir=folder) as building:  # renamed when whole: many processes may do this at once
+            result = subprocess.run(
+                [compiler, *flags, '-o', name, str(_SOURCE), '-lm'],
+                cwd=building, capture_output=True, text=True, timeout=120)
+            if result.returncode != 0:
+                raise OSError(f'{compiler} failed: {result.stderr[-500:]}')
+            os.replace(Path(building) / name, folder / name)
+    return folder / name
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache may be shared by different machines."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return '\n'.join(dict.fromkeys(line for line in lines if line.startswith(('model name', 'flags', 'Features'))))
+    except OSError:
+        return f'{platform.node()} {platform.processor()}'
+
+
+def fuse_contexts(
+        value: torch.Tensor,
+        logits: torch.Tensor,
+        static: torch.Tensor,
+        parameters: Parameters,
+        kernel_size: int,
+        dilation: int,
+        slices: int,
+        tap_by_tap: bool,
+) -> torch.Tensor:
+    """A folded CoT layer behind its convolutions: group norm, local convolution, shift, SiLU, fusion of the contexts.
+
+    Args:
+        value: (B, C, H, W), channels-last like the others, and of their dtype.
+        logits: Filters before their norm, (B, G * k * k, H, W).
+        static: Static context, (B, C, H, W).
+        parameters: Pointers to parameters of the same dtype, which the caller keeps alive.
+        kernel_size: k, at most `MAX_KERNEL_SIZE`.
+        dilation: Distance between the taps of a filter, in pixels.
+        slices: Number of slices of the channels, each of which has its own slice of the filters.
+        tap_by_tap: Whether the channels of the logits (and of the parameters of their norm) are ordered (k * k, G).
+    """
+    B, C, H, W = value.shape
+    taps = kernel_size ** 2
+    groups = logits.shape[1] // taps
+    out = torch.empty_like(value)
+    strides = (1, groups) if tap_by_tap else (taps, 1)
+    shape = Shape(B, C, groups, slices, H, W, kernel_size, dilation, *strides)
+    load(value.dtype).fuse_contexts(
+        ctypes.byref(shape), ctypes.byref(parameters),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (value, logits, static, out)), ctypes.c_int(torch.get_num_threads()))
+    return out
