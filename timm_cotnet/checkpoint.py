@@ -79,8 +79,8 @@ def read_checkpoint(path: Path) -> Any:
         if asked is None:
             raise CheckpointError(f'{path} is not a PyTorch checkpoint, or a damaged one; download it again') from e
         raise CheckpointError(
-            f'{path} is refused: it asks for {asked[1] or asked[2]}, which no official checkpoint needs and which could '
-            'run code; nothing of it was run') from e
+            f'{path} is refused: it asks for {asked[1] or asked[2]}, which no official checkpoint needs and which '
+            'could run code; nothing of it was run') from e
     except Exception as e:  # what a damaged or forged file raises has no common class
         raise CheckpointError(f'{path} cannot be read as a PyTorch checkpoint ({e}); download it again') from e
 
