@@ -98,7 +98,7 @@ def test_output_stride_keeps_receptive_fields(name):
 
 @pytest.mark.parametrize('name', ['cotnet50', 'cotnext50_2x48d', 'se_cotnetd_50', 'se_cotnetd_152'])
 def test_arguments_of_resnet(name):
-    x = torch.randn(2, 1, 64, 64)
+    x = torch.randn(2, 1, 96, 96)
     model = tiny(name, in_chans=1, num_classes=7, drop_rate=0.1, drop_path_rate=0.2, drop_block_rate=0.1).train()
     assert model(x).shape == (2, 7)
     rates = [block.drop_path.drop_prob for block in nn.ModuleList(model.children()).modules() if getattr(block, 'drop_path', None)]
@@ -106,7 +106,7 @@ def test_arguments_of_resnet(name):
     assert sum(type(m).__name__ == 'DropBlock2d' for m in model.modules()) >= 3
     for global_pool, width in (('avg', 2048), ('max', 2048), ('catavgmax', 4096)):
         assert tiny(name, in_chans=1, num_classes=0, global_pool=global_pool).eval()(x).shape == (2, width)
-    assert tiny(name, in_chans=1, num_classes=0, global_pool='').eval()(x).shape == (2, 2048, 2, 2)
+    assert tiny(name, in_chans=1, num_classes=0, global_pool='').eval()(x).shape == (2, 2048, 3, 3)
     model.eval()
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 2048)
     model.reset_classifier(3, 'max')

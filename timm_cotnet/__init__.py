@@ -1,4 +1,6 @@
 """Contextual Transformer networks (CoTNet, arXiv:2107.12292) for timm. Importing this registers the models with timm."""
+import timm  # noqa: F401  first: waits for a thread that is importing timm
+
 from .cotnet import CotBottleneck, CotNet, SeCotNetD, SplitAttnBottleneck
 from .layers import CoTAttention, CotLayer, CoxtLayer
 from .ops import local_conv
