@@ -79,9 +79,8 @@ def detection_key(key: str, hybrid: bool) -> str:
     stage, block, rest = re.fullmatch(r'layer(\d)\.(\d+)(\..*)', key).groups()
     if rest.startswith('.downsample'):
         _, index, leaf = rest[1:].split('.')
-        shift = 1 if hybrid else 0
-        place = {shift: 'shortcut.1' if hybrid else 'shortcut', shift + 1: 'shortcut.1.norm' if hybrid else 'shortcut.norm'}
-        rest = f'.{place[int(index)]}.{leaf}'
+        shortcut, norm_index = ('.shortcut.1', '2') if hybrid else ('.shortcut', '1')
+        rest = f'{shortcut}.norm.{leaf}' if index == norm_index else f'{shortcut}.{leaf}'
     elif '.conv2.bn' not in rest:  # bn0 and bn1 of split attention, and bn of CoT, keep their names
         for pattern, name in DETECTION_NAMES:
             rest, count = re.subn(pattern, name, rest, count=1)
@@ -91,7 +90,7 @@ def detection_key(key: str, hybrid: bool) -> str:
 
 
 def detection_checkpoint(state_dict: OrderedDict) -> dict:
-    """A trained detector with this backbone: frozen norms in the stem and the first stage, no classifier, other parts."""
+    """A trained detector with this backbone: frozen norms in stem and first stage, no classifier, other parts."""
     hybrid = 'conv1.0.weight' in state_dict
     renamed = OrderedDict(
         (detection_key(key, hybrid), value) for key, value in state_dict.items()

@@ -14,8 +14,8 @@ import torch
 from official_checkpoints import CfgNode, GOLDEN, detection_checkpoint, detection_key, official_state_dict
 from official_checkpoints import random_state_dict, save, training_checkpoint
 
-from timm_cotnet.checkpoint import CheckpointError, find_state_dict, find_tag, find_variant, is_detection, read_checkpoint
-from timm_cotnet.checkpoint import rename_detection, resolve_model
+from timm_cotnet.checkpoint import CheckpointError, find_state_dict, find_tag, find_variant, is_detection
+from timm_cotnet.checkpoint import read_checkpoint, rename_detection, resolve_model
 
 SMALL = {'conv1.weight': (4, 3, 3, 3), 'bn1.running_var': (4,), 'bn1.num_batches_tracked': (), 'fc.bias': (5,)}
 WEIGHTS, EMA = random_state_dict(SMALL, 1), random_state_dict(SMALL, 2)
@@ -198,7 +198,7 @@ def test_wrong_model_is_told_the_right_one():
     with pytest.raises(CheckpointError, match='not those of cotnet101, but fit cotnet50: pass --model cotnet50'):
         find_variant(weights, 1000, 'cotnet101')
     del weights['bn1.bias']
-    with pytest.raises(CheckpointError, match=r'do not fit cotnet50, with 1 of 800 entries different:\n  missing: bn1.bias'):
+    with pytest.raises(CheckpointError, match=r'fit cotnet50, with 1 of 800 entries different:\n  missing: bn1.bias'):
         find_variant(weights, 1000, 'cotnet50')
 
 
@@ -231,7 +231,7 @@ def test_tags_of_equal_shape_are_told_apart(checkpoint, file, tag):
 
 def test_tags_of_equal_shape_are_not_guessed():
     assert find_tag('cotnet50', {}, Path('x.pth')) == ('jd_in1k', 'keys and shapes')
-    with pytest.raises(CheckpointError, match='with --model se_cotnetd_152.jd_in1k or --model se_cotnetd_152.jd_in1k_320'):
+    with pytest.raises(CheckpointError, match='--model se_cotnetd_152.jd_in1k or --model se_cotnetd_152.jd_in1k_320'):
         find_tag('se_cotnetd_152', {'args': {'model': {'name': 'other'}}}, Path('x.pth'))
 
 
