@@ -221,23 +221,33 @@ def fetch(
     get = functools.partial(
         hf_hub_download, repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='timm')
     path = _download(get)
-    if not _damage(path, repo_id, filename, sha256):
+    damage = _damage(path, repo_id, filename, sha256)
+    if not damage:
         return path
+    try:
+        return _mend(path, get, functools.partial(_damage, repo_id=repo_id, filename=filename, sha256=sha256))
+    except OSError as error:
+        if error.errno in _NO_ACCESS:
+            raise DamagedFileError(
+                f'{path} is damaged: {damage}, and the cache cannot be written to mend it ({error})') from error
+        raise
 
-    # One process mends the cache, those that wait for it find it mended.
+
+def _mend(path: str, get: Callable[..., str], find_damage: Callable[[str], str]) -> str:
+    """Removes a damaged file and fetches it once more. One process does, those that wait for it find it mended."""
     storage = _storage(path)
-    lock = storage.parent / '.locks' / storage.name / f'{filename}.mend.lock'
+    lock = storage.parent / '.locks' / storage.name / f'{os.path.basename(path)}.mend.lock'
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        damage = _damage(path, repo_id, filename, sha256)
+        damage = find_damage(path)
         if damage:
             _logger.warning(f'{path} is damaged ({damage}): it is removed and fetched once more')
             _remove(path)
             path = _download(get)
-            damage = _damage(path, repo_id, filename, sha256)
+            damage = find_damage(path)
         if damage:
             _remove(path)
-            raise DamagedFileError(f'the download is damaged, twice: {damage}; nothing of it was kept')
+            raise DamagedFileError(f'it is damaged, twice: {damage}; nothing of it was kept')
     return path
 
 
@@ -427,8 +437,8 @@ def _check_fit(
             found.pop(name, None)
             expected.pop(name, None)
     for name in _names(cfg.get('first_conv'), 'weight'):
-        # timm adapts the weights to other numbers of channels than 3.
-        if name in found and expected[name].shape[1] != 3 and found[name].shape[::2] == expected[name].shape[::2]:
+        # timm adapts the weights to another number of channels.
+        if name in found and expected[name].shape[1] != cfg['input_size'][0]:
             found[name] = expected[name]
     misfit = _misfit(found, expected)
     if misfit:
@@ -506,4 +516,4 @@ def _reason(error: Exception, cache_dir: Optional[Union[str, Path]]) -> str:
         return f'the cache {cache} cannot be written: choose another by HF_HOME or cache_dir ({error})'
     if getattr(response, 'status_code', None) in (401, 403):
         return f'access was refused: check HF_TOKEN ({error})'
-    return f'{type(error).__name__}: {error}'
+    return str(error) if isinstance(error, DamagedFileError) else f'{type(error).__name__}: {error}'
