@@ -19,14 +19,30 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+# FILTERS is the number of filters in a tile: 8 for each thread are two (float32) or one (half types) full-width loads
+WEIGHTED_SUM_CONFIGS = (
+    triton.Config({'FILTERS': 1024, 'M_AXIS': 0}, num_warps=4, num_stages=1),
+    triton.Config({'FILTERS': 2048, 'M_AXIS': 0}, num_warps=8, num_stages=1),
+    triton.Config({'FILTERS': 512, 'M_AXIS': 0}, num_warps=4, num_stages=1),
+    triton.Config({'FILTERS': 512, 'M_AXIS': 1}, num_warps=4, num_stages=1),
+)
+WEIGHT_GRAD_CONFIGS = (
+    triton.Config({'FILTERS': 1024}, num_warps=4, num_stages=1),
+    triton.Config({'FILTERS': 2048}, num_warps=8, num_stages=1),
+    triton.Config({'FILTERS': 512}, num_warps=4, num_stages=1),
+)
+
+
 def _without_timing_in_a_capture(configs, named_args, **kwargs):
     """Timing synchronizes, which a CUDA graph that is being captured forbids."""
     return configs[:1] if torch.cuda.is_current_stream_capturing() else configs
 
 
 def _autotune(*configs: triton.Config):
+    if INTERPRETED:  # nothing to time there, and the autotuner of Triton 3.2 wants a device
+        return triton.heuristics({name: lambda args, value=value: value for name, value in configs[0].kwargs.items()})
     return triton.autotune(
-        configs=list(configs[:1] if INTERPRETED else configs),  # the interpreter has nothing to time
+        configs=list(configs),
         key=['PIXELS', 'M', 'G', 'K', 'BLOCK_G', 'ALIGN_A', 'ALIGN_B'],
         prune_configs_by={'early_config_prune': _without_timing_in_a_capture},
     )
@@ -75,12 +91,7 @@ def _place(
         return b, h[:, None, None], w[:, None, None], m[None, :, None], g[None, None, :]
 
 
-@_autotune(
-    triton.Config({'FILTERS': 1024, 'M_AXIS': 0}, num_warps=4, num_stages=1),
-    triton.Config({'FILTERS': 2048, 'M_AXIS': 0}, num_warps=8, num_stages=1),
-    triton.Config({'FILTERS': 512, 'M_AXIS': 0}, num_warps=4, num_stages=1),
-    triton.Config({'FILTERS': 512, 'M_AXIS': 1}, num_warps=4, num_stages=1),
-)
+@_autotune(*WEIGHTED_SUM_CONFIGS)
 @triton.jit
 def weighted_sum_kernel(
         x_ptr, weight_ptr, out_ptr,
@@ -136,11 +147,7 @@ def weighted_sum_kernel(
         tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=in_image & in_channels)
 
 
-@_autotune(
-    triton.Config({'FILTERS': 1024}, num_warps=4, num_stages=1),
-    triton.Config({'FILTERS': 2048}, num_warps=8, num_stages=1),
-    triton.Config({'FILTERS': 512}, num_warps=4, num_stages=1),
-)
+@_autotune(*WEIGHT_GRAD_CONFIGS)
 @triton.jit
 def weight_grad_kernel(
         grad_ptr, x_ptr, out_ptr,
