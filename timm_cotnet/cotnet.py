@@ -23,7 +23,7 @@ from timm.models._registry import generate_default_cfgs, register_model, registe
 from timm.models.resnet import ResNet, drop_blocks
 
 from .fold import fold_pair, fold_sequential, make_stem_foldable
-from .fused import FusedBottleneck, FusedConv2d
+from .fused import FusedBottleneck, FusedConv2d, Stage
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs
 from .published import PUBLISHED
@@ -179,6 +179,8 @@ class CotNet(CheckedLoading, ResNet):
     def __init__(self, layers: Tuple[int, ...], **kwargs):
         super().__init__(CotBottleneck, layers, **kwargs)
         make_stem_foldable(self.conv1, self.bn1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            stage.__class__ = Stage
 
 
 class SeCotNetD(CheckedLoading, ResNet):
@@ -276,7 +278,7 @@ class SeCotNetD(CheckedLoading, ResNet):
                 prev_dilation = dilation
                 inplanes = outplanes
                 block_idx += 1
-            self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
+            self.add_module(f'layer{stage + 1}', Stage(*blocks))
             self.feature_info.append(dict(num_chs=outplanes, reduction=net_stride, module=f'layer{stage + 1}'))
 
         self.num_features = self.head_hidden_size = inplanes

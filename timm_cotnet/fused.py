@@ -38,7 +38,7 @@ class FusedConv2d(nn.Conv2d):
     @staticmethod
     def is_fusible(conv: nn.Module, act: nn.Module) -> bool:
         """Whether this class can stand for conv and act."""
-        return type(act) in _POST_OPS and isinstance(conv, nn.Conv2d) and conv.padding_mode == 'zeros' \
+        return type(act) in _POST_OPS and type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' \
             and not isinstance(conv.padding, str)
 
     def forward(
@@ -221,11 +221,43 @@ class FusedBottleneck(nn.Module):
             and (block.downsample is None or FusedConv2d.is_fusible(_layers(block.downsample)[-1], nn.Identity()))
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """overwrite: Whether the result may take the memory of x."""
         out = self.avd_last(self.conv2(self.avd_first(self.conv1(x))))
         if self.downsample is not None:
             return self.conv3(out, self.downsample(x), overwrite=True)
-        return self.conv3(out, x)
+        return self.conv3(out, x, overwrite=overwrite)
+
+
+class FusedStage(nn.Sequential):
+    """`FusedBottleneck`s in sequence; on the CPU each but the first writes its result over its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        overwrite = False  # the input of the first block belongs to others
+        for block in self:
+            x = block(x, overwrite)
+            overwrite = not self.is_watched()
+        return x
+
+    def is_watched(self) -> bool:
+        """Whether a forward hook may have kept what a block returned."""
+        if torch.jit.is_scripting():
+            return True
+        return self._has_hooks()
+
+    @torch.jit.unused
+    def _has_hooks(self) -> bool:
+        hooks = nn.modules.module._global_forward_hooks
+        return bool(hooks) or any(block._forward_hooks or block._forward_pre_hooks for block in self)
+
+
+class Stage(nn.Sequential):
+    """A stage of blocks, which `reparameterize_model` fuses together."""
+
+    def fuse(self) -> nn.Module:
+        blocks = [block.fuse() if hasattr(block, 'fuse') else block for block in self]
+        fused = all(isinstance(block, FusedBottleneck) for block in blocks)
+        return (FusedStage if fused else nn.Sequential)(*blocks)
 
 
 def _layers(layers: nn.Sequential) -> List[nn.Module]:
