@@ -131,12 +131,14 @@ def test_inference(script, digits, tmp_path):
     pytest.importorskip('pandas', reason='inference.py needs pandas')
     script(
         'inference.py', '--data-dir', str(digits / 'val'), *MODEL, *CPU, '--pretrained', '--workers', '1',
-        '--batch-size', '91', '--results-dir', str(tmp_path), '--results-file', 'digits', '--label-type', 'none')
+        '--batch-size', '91', '--results-dir', str(tmp_path), '--results-file', 'digits', '--label-type', 'none',
+        '--include-index')
     with (tmp_path / 'digits.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 364
-    probabilities = [float(row['prob']) for row in rows]
-    assert all(0.1 <= p <= 1 for p in probabilities)
+    digit_of = {path.name: path.parent.name for path in (digits / 'val').glob('*/*.png')}
+    assert {row['filename'] for row in rows} == set(digit_of)
+    assert sum(row['index'] == digit_of[row['filename']] for row in rows) >= 0.97 * 364
+    assert all(0.1 <= float(row['prob']) <= 1 for row in rows)
 
 
 def test_benchmark(script, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import _hub
 from timm.optim import create_optimizer_v2
@@ -75,8 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     final_accuracy, logits, targets = evaluate(ema, val_loader, device)
 
     folder = args.output / 'model'
-    _hub.save_for_hf(
-        ema, folder, safe_serialization=True, model_config=dict(label_names=[str(digit) for digit in range(NUM_CLASSES)]))
+    save_folder(ema, folder)
     _, loaded_logits, _ = evaluate(load_folder(folder).to(device), val_loader, device)
     difference = (loaded_logits - logits).abs().max().item()
     print(f'Saved to and loaded back from {folder}: logits differ by {difference:g} at most.')
@@ -187,8 +187,16 @@ def evaluate(model: nn.Module, loader, device: torch.device) -> Tuple[float, tor
     return accuracy(logits, targets)[0].item(), logits, targets
 
 
+def save_folder(model: nn.Module, folder: Path) -> None:
+    """Writes weights and config as timm's `save_for_hf` does, which an old timm refuses with a new huggingface_hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / 'model.safetensors')
+    label_names = [str(digit) for digit in range(NUM_CLASSES)]
+    _hub.save_config_for_hf(model, folder / 'config.json', model_config=dict(label_names=label_names))
+
+
 def load_folder(folder: Path) -> nn.Module:
-    """The model that `save_for_hf` wrote to a folder."""
+    """The model that `save_folder` wrote."""
     if hasattr(_hub, 'load_model_config_from_path'):
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
     config = json.loads((folder / 'config.json').read_text())  # an older timm has no `local-dir:`
