@@ -113,6 +113,102 @@ static inline void local_conv_pixel(
     }
 }
 
+/* One pixel's filters, (taps, G) in float whatever their order in memory. */
+static inline void load_filters(const Shape *s, const SCALAR *weight, float *filters) {
+    long taps = s->kernel_size * s->kernel_size;
+    for (long t = 0; t < taps; t++)
+        for (long g = 0; g < s->groups; g++)
+            filters[t * s->groups + g] = load(weight[g * s->stride_g + t * s->stride_t]);
+}
+
+/* The local convolution. */
+void local_conv(const Shape *s, const SCALAR *x, const SCALAR *weight, SCALAR *out, int threads) {
+    long n = s->groups * s->kernel_size * s->kernel_size;
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < s->batch * s->height; row++) {
+        float filters[n], sum[s->channels];
+        int tap[MAX_TAPS];
+        long offset[MAX_TAPS];
+        for (long w = 0; w < s->width; w++) {
+            long at = row * s->width + w;
+            load_filters(s, weight + at * n, filters);
+            int count = valid_taps(s, row % s->height, w, tap, offset);
+            local_conv_pixel(s, x + at * s->channels, filters, tap, offset, count, sum);
+            for (long c = 0; c < s->channels; c++) out[at * s->channels + c] = store(sum[c]);
+        }
+    }
+}
+
+#ifndef BFLOAT16 /* the input gradient is summed where it is stored */
+/* What the output gradient of a pixel adds to the input gradient, and the gradient of the pixel's filters, (taps, G). */
+#define DEFINE_GRADIENTS(lanes) \
+    static inline void gradients##lanes( \
+            const Shape *s, const float *grad, const float *x, const float *filters, const int *tap, const long *offset, \
+            int n, float *grad_x, float *grad_filters, long first) { \
+        long step = s->groups / s->slices, slice = first / step, width = s->channels / s->slices; \
+        for (int t = 0; t < n; t++) { \
+            Floats##lanes sum = {0}, filter, in, g, out; \
+            memcpy(&filter, filters + tap[t] * s->groups + first, sizeof(filter)); \
+            for (long c = slice * width + first % step; c < (slice + 1) * width; c += step) { \
+                long at = offset[t] * s->channels + c; \
+                memcpy(&g, grad + c, sizeof(g)); \
+                memcpy(&in, x + at, sizeof(in)); \
+                memcpy(&out, grad_x + at, sizeof(out)); \
+                sum += g * in; \
+                out += g * filter; \
+                memcpy(grad_x + at, &out, sizeof(out)); \
+            } \
+            memcpy(grad_filters + tap[t] * s->groups + first, &sum, sizeof(sum)); \
+        } \
+    }
+#ifdef __AVX512F__
+DEFINE_GRADIENTS(16)
+#endif
+#ifdef __AVX__
+DEFINE_GRADIENTS(8)
+#endif
+DEFINE_GRADIENTS(4)
+DEFINE_GRADIENTS(1)
+
+/* Both gradients of the local convolution; grad_x and grad_weight start as zeros. Threads share the images. */
+void local_conv_backward(
+        const Shape *s, const float *grad, const float *x, const float *weight, float *grad_x, float *grad_weight,
+        int threads) {
+    long n = s->groups * s->kernel_size * s->kernel_size, taps = s->kernel_size * s->kernel_size;
+    long pixels = s->height * s->width, step = s->groups / s->slices;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        float filters[n], grad_filters[n];
+        int tap[MAX_TAPS];
+        long offset[MAX_TAPS];
+        for (long p = 0; p < pixels; p++) {
+            long at = b * pixels + p;
+            int count = valid_taps(s, p / s->width, p % s->width, tap, offset);
+            load_filters(s, weight + at * n, filters);
+            memset(grad_filters, 0, sizeof(grad_filters));
+#define GRADIENTS(lanes) \
+    for (; g + lanes <= end; g += lanes) \
+        gradients##lanes( \
+            s, grad + at * s->channels, x + at * s->channels, filters, tap, offset, count, grad_x + at * s->channels, \
+            grad_filters, g);
+            for (long end = step, g = 0; end <= s->groups; end += step) {
+#ifdef __AVX512F__
+                GRADIENTS(16)
+#endif
+#ifdef __AVX__
+                GRADIENTS(8)
+#endif
+                GRADIENTS(4)
+                GRADIENTS(1)
+            }
+            for (long t = 0; t < taps; t++)
+                for (long g = 0; g < s->groups; g++)
+                    grad_weight[at * n + g * s->stride_g + t * s->stride_t] = grad_filters[t * s->groups + g];
+        }
+    }
+}
+#endif
+
 /* Sums over a strip of rows of each of n channels and of its square, both of the difference to the first pixel. */
 static void add_moments(const Shape *s, const SCALAR *image, long n, long row, long end, double *total) {
     float sum[n], square[n];

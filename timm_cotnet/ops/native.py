@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Optional, Union
 
 import torch
+from torch.autograd import forward_ad
+
+from .shifted import LocalConvShifted
 
 _SOURCE = Path(__file__).with_name('native.c')
 _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
@@ -88,6 +91,49 @@ def _processor() -> str:
         return f'{platform.node()} {platform.processor()}'
 
 
+class LocalConvNative(LocalConvShifted):
+    """`apply(x, weight, kernel_size, dilation)` where `why_not_local_conv(x, weight, kernel_size)` is None."""
+
+    @staticmethod
+    def forward(x, weight, kernel_size, dilation):
+        out = torch.empty_like(x)
+        load(x.dtype).local_conv(
+            _shape(x, weight, kernel_size, dilation), *_pointers(x, weight, out), ctypes.c_int(torch.get_num_threads()))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or not all(ctx.needs_input_grad[:2]):
+            return LocalConvShifted.backward(ctx, grad)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        load(x.dtype).local_conv_backward(
+            _shape(x, weight, ctx.kernel_size, ctx.dilation), *_pointers(grad, x, weight, grad_x, grad_weight),
+            ctypes.c_int(torch.get_num_threads()))
+        return grad_x, grad_weight, None, None
+
+
+def why_not_local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int) -> Optional[str]:
+    """The reason why `LocalConvNative` cannot take these; None if it can."""
+    if kernel_size > MAX_KERNEL_SIZE:
+        return f'kernel_size is {kernel_size}, more than {MAX_KERNEL_SIZE}'
+    if not x.is_contiguous(memory_format=torch.channels_last) or not weight.permute(0, 3, 4, 1, 2).is_contiguous():
+        return 'x or weight is not channels-last'
+    if forward_ad._current_level >= 0:
+        return 'the kernels have no forward-mode derivative'
+    return why_not_native(x)
+
+
+def _shape(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int):
+    (B, C, H, W), groups = x.shape, weight.shape[1]
+    return ctypes.byref(Shape(B, C, groups, 1, H, W, kernel_size, dilation, kernel_size * kernel_size, 1))
+
+
+def _pointers(*tensors: torch.Tensor):
+    return (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+
+
 def fuse_contexts(
         value: torch.Tensor,
         logits: torch.Tensor,
@@ -118,5 +164,5 @@ def fuse_contexts(
     shape = Shape(B, C, groups, slices, H, W, kernel_size, dilation, *strides)
     load(value.dtype).fuse_contexts(
         ctypes.byref(shape), ctypes.byref(parameters),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (value, logits, static, out)), ctypes.c_int(torch.get_num_threads()))
+        *_pointers(value, logits, static, out), ctypes.c_int(torch.get_num_threads()))
     return out
