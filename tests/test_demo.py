@@ -94,6 +94,7 @@ def short_run(installed_venv, tmp_path_factory):
     return folder, printed
 
 
+@pytest.mark.slow
 def test_demo_fine_tunes_and_says_so(short_run):
     folder, printed = short_run
     numbers = re.search(r'as it comes gets ([\d.]+) % of the held-out digits', printed)
@@ -106,6 +107,7 @@ def test_demo_fine_tunes_and_says_so(short_run):
     assert 90 <= float(numbers[1]) <= 100
 
 
+@pytest.mark.slow
 def test_demo_writes_a_model_that_timm_reads(short_run, digits):
     folder, printed = short_run
     config = json.loads((folder / 'model' / 'config.json').read_text())
@@ -121,6 +123,7 @@ def test_demo_writes_a_model_that_timm_reads(short_run, digits):
     assert not torch.equal(model.layer1[0].conv1.weight, embedded.layer1[0].conv1.weight)
 
 
+@pytest.mark.slow
 def test_demo_draws_a_picture(short_run):
     folder, _ = short_run
     with Image.open(folder / 'predictions.png') as picture:
@@ -142,6 +145,7 @@ def test_contexts_of_the_picture_are_those_of_the_first_cot_layer():
     assert not layer._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_demo_fails_below_the_accuracy_asked_for(tmp_path):
     with pytest.raises(SystemExit, match=r'should be 90.0 % or more'):
         main(['--epochs', '1', '--lr', '0', '--device', 'cpu', '--output', str(tmp_path)])
@@ -166,6 +170,7 @@ def test_demo_refuses_less_than_one_epoch(capsys):
     assert '--epochs is 0, expected 1 or more' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_failure_is_the_exit_status(installed_venv, tmp_path):
     result = installed_venv.run('-m', 'timm_cotnet.demo', '--model', 'resnet18', '--output', str(tmp_path))
     assert result.returncode == 1

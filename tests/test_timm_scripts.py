@@ -17,7 +17,7 @@ SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not SCRIPTS, reason='TIMM_SCRIPTS does not name a folder with train.py, validate.py, ... of timm\'s repository'),
+        not SCRIPTS, reason='TIMM_SCRIPTS does not name a folder with timm\'s train.py, validate.py, ...'),
 ]
 MODEL = ('--model', 'test_cotnet', '--num-classes', '10')
 CPU = ('--device', 'cpu')

@@ -1,8 +1,8 @@
 """Fine-tunes a CoTNet on real images with timm's own tools: `python -m timm_cotnet.demo`, options with `--help`.
 
-Writes scikit-learn's digits as an image folder, evaluates the weights of `test_cotnet` that come with the package, trains
-them with a new classifier, saves safetensors and config, loads these back, and draws what the first CoT layer sees. Ends
-with a message and status 1 if anything is off.
+Writes scikit-learn's digits as an image folder, evaluates the weights of `test_cotnet` that come with the package,
+trains them with a new classifier, saves safetensors and config, loads these back, and draws what the first CoT layer
+sees. Ends with a message and status 1 if anything is off.
 
 The weights of `test_cotnet` were made by `--no-pretrained --epochs 25 --lr 3e-3`.
 """

@@ -12,7 +12,8 @@ HELD_OUT = 5  # every fifth image of each digit is for validation
 def write_digits(folder: Union[str, Path]) -> Path:
     """Writes the digits as RGB PNG files `<split>/<digit>/<index>.png` and returns the folder.
 
-    The split is fixed: the 1st, 6th, 11th, ... image of each digit goes to `val` (364 images), the rest to `train` (1433).
+    The split is fixed: the 1st, 6th, 11th, ... image of each digit goes to `val` (364 images), the rest to `train`
+    (1433 images).
 
     Args:
         folder: Where to write; made if it does not exist. Files of an earlier run are written again.
