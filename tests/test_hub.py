@@ -3,17 +3,14 @@
 Whatever a server, a network or a disk does, a model has the published weights bit for bit, or an error says what to do.
 """
 import ctypes
-import errno
 import gzip
 import hashlib
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants
 from hub_server import TOKEN, HubServer, flip, git_sha1, sha256
 from timm.models._hub import save_config_for_hf
 
@@ -83,6 +81,7 @@ class Client:
         while (line := self.process.stdout.readline()).strip() in ('ready',):
             pass
         assert line, self.process.stderr.read()
+        print(line)  # seen where a test fails
         return json.loads(line)
 
     def create(self, model_name: str, **kwargs) -> dict:
@@ -90,6 +89,7 @@ class Client:
         return self.receive()
 
     def close(self) -> None:
+        self.process.kill()
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.stderr.close()
@@ -356,6 +356,8 @@ def test_verified_once(server, repo, tmp_path, monkeypatch, links):
     assert damage() == '' and len(hashed) == 6
 
 
+@pytest.mark.skipif(
+    not hasattr(constants, 'HF_HUB_DISABLE_SYMLINKS'), reason='this huggingface_hub always links where it can')
 def test_without_links(server, start, repo, tmp_path):
     client = start(env=dict(HF_HUB_DISABLE_SYMLINKS='1', HF_HUB_CACHE=str(tmp_path)))
     server.fault('GET', f'{repo}/resolve', 1, body=flip)
@@ -745,6 +747,7 @@ def test_fine_tuned(tmp_path):
     assert digest_of(load(path, pretrained=True, pretrained_cfg_overlay=overlay)) == digest_of(ema)
 
 
+@pytest.mark.skipif(not hasattr(timm.models._hub, 'load_model_config_from_path'), reason='timm has it since 1.0.16')
 def test_local_dir(config, tmp_path):
     (tmp_path / 'config.json').write_bytes(config)
     with pytest.raises(RuntimeError, match='No suitable checkpoints'):

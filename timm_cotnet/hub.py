@@ -218,36 +218,33 @@ def fetch(
         DamagedFileError: If the file is damaged for the second time.
         Exception: Those of huggingface_hub's `hf_hub_download`.
     """
-    get = functools.partial(
-        hf_hub_download, repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='timm')
-    path = _download(get)
-    damage = _damage(path, repo_id, filename, sha256)
-    if not damage:
-        return path
-    try:
-        return _mend(path, get, functools.partial(_damage, repo_id=repo_id, filename=filename, sha256=sha256))
-    except OSError as error:
-        if error.errno in _NO_ACCESS:
-            raise DamagedFileError(
-                f'{path} is damaged: {damage}, and the cache cannot be written to mend it ({error})') from error
-        raise
+    download = functools.partial(_download, repo_id, filename, revision=revision, cache_dir=cache_dir)
+    find_damage = functools.partial(_damage, repo_id=repo_id, filename=filename, sha256=sha256)
+    path = download()
+    damage = find_damage(path)
+    return _mend(path, damage, download, find_damage) if damage else path
 
 
-def _mend(path: str, get: Callable[..., str], find_damage: Callable[[str], str]) -> str:
+def _mend(path: str, damage: str, download: Callable[[], str], find_damage: Callable[[str], str]) -> str:
     """Removes a damaged file and fetches it once more. One process does, those that wait for it find it mended."""
     storage = _storage(path)
     lock = storage.parent / '.locks' / storage.name / f'{os.path.basename(path)}.mend.lock'
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        damage = find_damage(path)
-        if damage:
-            _logger.warning(f'{path} is damaged ({damage}): it is removed and fetched once more')
-            _remove(path)
-            path = _download(get)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
             damage = find_damage(path)
-        if damage:
-            _remove(path)
-            raise DamagedFileError(f'it is damaged, twice: {damage}; nothing of it was kept')
+            if damage:
+                _logger.warning(f'{path} is damaged ({damage}): it is removed and fetched once more')
+                _remove(path)
+                path = download()
+                damage = find_damage(path)
+            if damage:
+                _remove(path)
+                raise DamagedFileError(f'it is damaged, twice: {damage}; nothing of it was kept')
+    except OSError as error:
+        if error.errno in _NO_ACCESS:
+            raise DamagedFileError(f'{path} is damaged ({damage}), and the cache cannot be written: {error}') from error
+        raise
     return path
 
 
@@ -255,25 +252,25 @@ class DamagedFileError(OSError):
     """A file is not what its digest says."""
 
 
-def _download(get: Callable[..., str]) -> str:
+def _download(repo_id: str, filename: str, cache_dir: Optional[Union[str, Path]], **kwargs) -> str:
     """Downloads, and again after a fault that may pass; at last, what the cache has is good enough."""
+    get = functools.partial(hf_hub_download, repo_id, filename, cache_dir=cache_dir, library_name='timm', **kwargs)
+    storage = Path(cache_dir or constants.HF_HUB_CACHE) / f'models--{repo_id.replace("/", "--")}'
     for pause in (1, 2, None):
         try:
-            path = get()
-            break
+            return get()
         except Exception as error:
             if not _may_pass(error):
                 raise
             if pause is None:
                 try:
-                    path = get(local_files_only=True)
-                    break
+                    return get(local_files_only=True)
                 except LocalEntryNotFoundError:
                     raise error
             _logger.warning(f'Download failed, trying again: {error}')
             time.sleep(pause)
-    _sweep(path)
-    return path
+        finally:
+            _sweep(storage)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -282,9 +279,8 @@ def _may_pass(error: Exception) -> bool:
     return passing and not isinstance(error, _FINAL) and getattr(error, 'errno', None) not in _DISK_FULL + _NO_ACCESS
 
 
-def _sweep(path: str) -> None:
-    """Removes what killed downloads left: `.incomplete` files whose lock is free."""
-    storage = _storage(path)
+def _sweep(storage: Path) -> None:
+    """Removes what broken downloads left in a repository's cache: `.incomplete` files whose lock is free."""
     for part in (storage / 'blobs').glob('*.incomplete'):
         lock = storage.parent / '.locks' / storage.name / f'{part.name.split(".")[0]}.lock'
         try:
