@@ -85,7 +85,7 @@ def test_card_says_what_is_known(name):
     assert f'| ImageNet-1k top-1, reported by the authors | {facts.top1} % |' in text
     assert f'| **{name}** | {size} | {facts.params / 1e6:.1f} | {facts.top1} | {facts.top5} | authors |' in text
     assert text.count('| timm |\n') >= 3
-    assert 'The weights are not on the Hub yet' in text and facts.url in text
+    assert 'no `model.safetensors`, the weights are not on the Hub**' in text and facts.url in text
     assert f'hf-hub:{DEFAULT_NAMESPACE}/{name}' in text
     assert '@article{cotnet,' in text and 'Intended use and limits' in text
     assert ('These are the operations of a 256 x 256\ninput' in text) == (name == 'se_cotnetd_152.jd_in1k')
@@ -96,7 +96,7 @@ def test_card_of_uploaded_weights_gives_their_digest(monkeypatch):
     name, digest = 'cotnet50.jd_in1k', 'ab' * 32
     monkeypatch.setattr(cards, 'PUBLISHED', {**PUBLISHED, name: replace(PUBLISHED[name], sha256=digest)})
     text = card_files(name)['README.md']
-    assert f'has the sha256 `{digest}`' in text and 'not on the Hub yet' not in text
+    assert f'has the sha256 `{digest}`' in text and 'not on the Hub' not in text
     assert PUBLISHED[name].url in text
 
 

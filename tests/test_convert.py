@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -198,6 +199,23 @@ def test_killed_at_any_time_nothing_half_written_is_taken_for_whole(tmp_path):
     assert sorted(os.listdir(out)) == ['README.md', 'config.json', 'model.safetensors']
 
 
+def convert_on_a_full_disk(path: Path, out: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.exit(main([str(path), '--output', str(out)]))
+
+
+@pytest.mark.parametrize('limit', [100, 5000, 100000])
+def test_full_disk_leaves_nothing_half_written(tmp_path, capfd, limit):
+    path, out = save(tiny(), tmp_path / 'x.pth'), tmp_path / 'out'
+    process = multiprocessing.get_context('fork').Process(target=convert_on_a_full_disk, args=(path, out, limit))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    assert 'error: ' in capfd.readouterr().err
+    assert os.listdir(out) == []
+
+
 @pytest.fixture(scope='module')
 def downloads(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('downloads')
@@ -236,6 +254,16 @@ def test_folder_is_converted_and_resumed(tmp_path, downloads, capsys):
     assert statuses(convert_folder(downloads, tmp_path)) == {
         'coco/model_final.pth': 'converted', 'page.pth.tar': 'failed', 'tiny.pth.tar': 'converted'}
     assert_holds(tmp_path / 'test_cotnet', tiny(3))
+
+
+def test_folder_with_a_damaged_record_is_converted_again(tmp_path):
+    downloads = tmp_path / 'in'
+    downloads.mkdir()
+    save(tiny(3), downloads / 'x.pth')
+    convert_folder(downloads, tmp_path / 'out')
+    (tmp_path / 'out' / 'conversions.json').write_text('{"x.pth": ')
+    assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'x.pth': 'converted'}
+    assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'x.pth': 'done before'}
 
 
 def test_folder_goes_on_after_a_kill(tmp_path, downloads):

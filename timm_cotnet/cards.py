@@ -322,8 +322,8 @@ The `model.safetensors` of this repository has the sha256 `{facts.sha256}`.
 To make it yourself, download the authors' checkpoint from
 [Google Drive]({facts.url}) as `{checkpoint}` and convert it:
 ''' if facts.sha256 else f'''
-**The weights are not on the Hub yet**: someone with an account has to publish them. While this repository has no
-`model.safetensors`, download the authors' checkpoint from
+**As long as this repository holds no `model.safetensors`, the weights are not on the Hub**: someone with an account has
+to publish them. Until then, download the authors' checkpoint from
 [Google Drive]({facts.url}) as `{checkpoint}` and convert it:
 '''
     return f'''

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .cards import card_files, plain_card_files
@@ -115,7 +116,10 @@ def _write(network: torch.nn.Module, conversion: Conversion, output: Path) -> Co
     with TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=output) as partial:
         for name, text in files.items():
             Path(partial, name).write_bytes(text.encode())
-        save_file(network.state_dict(), Path(partial, WEIGHTS_NAME), metadata={'format': 'pt'})
+        try:
+            save_file(network.state_dict(), Path(partial, WEIGHTS_NAME), metadata={'format': 'pt'})
+        except SafetensorError as e:  # what it raises if the disk is full
+            raise OSError(f'{output / WEIGHTS_NAME} could not be written: {e}') from e
         shutil.copymode(Path(partial, 'config.json'), Path(partial, WEIGHTS_NAME))
         digests = {name: _sync_and_digest(Path(partial, name)) for name in [*files, WEIGHTS_NAME]}
         (output / WEIGHTS_NAME).unlink(missing_ok=True)
@@ -182,7 +186,7 @@ def convert_folder(
         raise CheckpointError(
             f'--model names {first(sorted(unknown))}, not among the checkpoints in {folder}: {first(names, 20)}')
     record_path = output / RECORD_NAME
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    record = _read_record(record_path)
     made: Dict[str, str] = {}
     rows = []
     for index, (file, path) in enumerate(zip(names, paths), 1):
@@ -222,8 +226,15 @@ def _convert_one(
             raise CheckpointError(
                 f'it is {conversion.name}, as is {made[conversion.name]}: remove one, or pass --model {file}=NAME')
         return FolderRow(file, 'converted', _write(network, conversion, output / conversion.name))
-    except CheckpointError as e:
+    except (CheckpointError, OSError) as e:
         return FolderRow(file, 'failed', reason=str(e))
+
+
+def _read_record(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # without a record, all is done again
+        return {}
 
 
 def _write_record(path: Path, record: Dict[str, Any]) -> None:
