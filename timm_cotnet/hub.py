@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from timm.models import _factory
@@ -180,7 +181,9 @@ def _load_config(load: Callable[..., Tuple], model_id: str, cache_dir: Optional[
     except Exception as error:
         where = f'{repo_id} (config.json, revision {revision or "main"}) at {constants.ENDPOINT}'
         raise WeightsError(_message(variant, {}, where, _reason(error, cache_dir))) from error
-    config = load(f'{repo_id}@{Path(path).parent.name}', cache_dir=cache_dir)  # the commit just verified
+    commit = Path(path).parent.name
+    # The commit just verified is not asked for again.
+    config = load(f'{repo_id}@{commit}' if REGEX_COMMIT_HASH.fullmatch(commit) else model_id, cache_dir=cache_dir)
     config[0]['hf_hub_id'] = model_id
     return config
 
@@ -267,16 +270,19 @@ def _download(repo_id: str, filename: str, cache_dir: Optional[Union[str, Path]]
                     return get(local_files_only=True)
                 except LocalEntryNotFoundError:
                     raise error
-            _logger.warning(f'Download failed, trying again: {error}')
+            _logger.warning(f'Download failed, trying again: {_brief(error)}')
             time.sleep(pause)
         finally:
             _sweep(storage)
 
 
 def _may_pass(error: Exception) -> bool:
+    """Whether another try may help: not for final answers, not for disks, nor where huggingface_hub waited in vain."""
     status = getattr(getattr(error, 'response', None), 'status_code', 500)
-    passing = status in (408, 416, 429) or status >= 500
-    return passing and not isinstance(error, _FINAL) and getattr(error, 'errno', None) not in _DISK_FULL + _NO_ACCESS
+    if isinstance(error, _FINAL) or 'Timeout' in type(error).__name__ or status < 500 and status not in (408, 416, 429):
+        return False
+    # An error with a number is the disk's, unless a connection broke, or the file of another process went away.
+    return isinstance(error, (ConnectionError, FileNotFoundError)) or getattr(error, 'errno', None) is None
 
 
 def _sweep(storage: Path) -> None:
@@ -493,7 +499,7 @@ def _message(variant: str, cfg: Mapping[str, Any], where: str, reason: str) -> s
 def _reason(error: Exception, cache_dir: Optional[Union[str, Path]]) -> str:
     """Says in words what an error of huggingface_hub, of the network or of the disk means."""
     cache = cache_dir or constants.HF_HUB_CACHE
-    response = getattr(error, 'response', None)
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
     if isinstance(error, GatedRepoError):
         return 'access to the repository has to be asked for on its page, and HF_TOKEN to belong to who was granted it'
     if isinstance(error, RepositoryNotFoundError):
@@ -503,13 +509,19 @@ def _reason(error: Exception, cache_dir: Optional[Union[str, Path]]) -> str:
     if constants.HF_HUB_OFFLINE and isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return f'it is not in the cache {cache}, and HF_HUB_OFFLINE forbids to download it'
     if isinstance(error, LocalEntryNotFoundError):
-        return f'it is not in the cache {cache}, and the Hub gave no good answer ({error.__cause__ or error})'
+        return f'it is not in the cache {cache}, and the Hub gave no good answer ({_brief(error.__cause__ or error)})'
     if isinstance(error, EntryNotFoundError):
         return 'the repository has no such file'
     if getattr(error, 'errno', None) in _DISK_FULL:
-        return f'the disk of the cache {cache} is full: make room, or choose another by HF_HOME or cache_dir ({error})'
+        return f'the disk of the cache {cache} is full: make room, or choose another by HF_HOME ({_brief(error)})'
     if getattr(error, 'errno', None) in _NO_ACCESS:
-        return f'the cache {cache} cannot be written: choose another by HF_HOME or cache_dir ({error})'
-    if getattr(response, 'status_code', None) in (401, 403):
-        return f'access was refused: check HF_TOKEN ({error})'
-    return str(error) if isinstance(error, DamagedFileError) else f'{type(error).__name__}: {error}'
+        return f'the cache {cache} cannot be used: choose another by HF_HOME or cache_dir ({_brief(error)})'
+    if status in (401, 403):
+        return f'access was refused: check HF_TOKEN ({_brief(error)})'
+    return str(error) if isinstance(error, DamagedFileError) else f'{type(error).__name__}: {_brief(error)}'
+
+
+def _brief(error: BaseException) -> str:
+    """One line of an error, which may hold the whole body of an answer."""
+    line = ' '.join(str(error).split())
+    return line if len(line) <= 300 else f'{line[:300]} ...'
