@@ -334,7 +334,7 @@ pip install timm-cotnet
 python -m timm_cotnet.convert {checkpoint} --model {name} --output {name}
 ```
 
-The folder can be used as it is:
+The folder can be used as it is, with timm 1.0.16 or newer:
 
 ```python
 import timm

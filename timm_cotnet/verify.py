@@ -12,6 +12,7 @@ from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_
 from timm.utils import AverageMeter, accuracy
 
 from .checkpoint import CheckpointError
+from .hub import WEIGHTS_NAME
 from .published import PUBLISHED
 
 __all__ = ['Verification', 'verify']
@@ -79,11 +80,14 @@ def verify(
             f'{data} has {len(dataset.reader.class_to_idx)} class folders; expected 1000, or folders with the names of '
             'ImageNet classes such as n01440764')
 
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
+    model = timm.create_model(
+        config['architecture'], pretrained_cfg=config['pretrained_cfg'], checkpoint_path=Path(folder, WEIGHTS_NAME))
+    model = model.to(device).eval()
     cfg = resolve_data_config({}, model=model, use_test_size=True)
     loader = create_loader(
         dataset, cfg['input_size'], batch_size, use_prefetcher=False, interpolation=cfg['interpolation'],
-        mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'], num_workers=workers)
+        mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'], num_workers=workers,
+        persistent_workers=False)
     top1, top5 = AverageMeter(), AverageMeter()
     with torch.inference_mode():
         for images, labels in loader:
