@@ -155,6 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self):
+        if self.hub.closing.is_set():  # a connection that a client kept open
+            self.close_connection = True
+            return
         url = urlsplit(self.path)
         path = unquote(url.path)
         token = (self.headers.get('Authorization') or '').removeprefix('Bearer ') or None

@@ -259,11 +259,12 @@ def _download(repo_id: str, filename: str, cache_dir: Optional[Union[str, Path]]
     """Downloads, and again after a fault that may pass; at last, what the cache has is good enough."""
     get = functools.partial(hf_hub_download, repo_id, filename, cache_dir=cache_dir, library_name='timm', **kwargs)
     storage = Path(cache_dir or constants.HF_HUB_CACHE) / f'models--{repo_id.replace("/", "--")}'
-    for pause in (1, 2, None):
+    for pause in (1, 2, 3, None):
+        start = time.monotonic()
         try:
             return get()
         except Exception as error:
-            if not _may_pass(error):
+            if not _may_pass(error, time.monotonic() - start):
                 raise
             if pause is None:
                 try:
@@ -276,10 +277,13 @@ def _download(repo_id: str, filename: str, cache_dir: Optional[Union[str, Path]]
             _sweep(storage)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether another try may help: not for final answers, not for disks, nor where huggingface_hub waited in vain."""
+def _may_pass(error: BaseException, seconds: float) -> bool:
+    """Whether another try may help: not after a final answer, a fault of the disk, or a long wait in vain."""
+    waits = 'Timeout' in type(error).__name__
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        error, waits = error.__cause__, True
     status = getattr(getattr(error, 'response', None), 'status_code', 500)
-    if isinstance(error, _FINAL) or 'Timeout' in type(error).__name__ or status < 500 and status not in (408, 416, 429):
+    if isinstance(error, _FINAL) or waits and seconds > 10 or status < 500 and status not in (408, 416, 429):
         return False
     # An error with a number is the disk's, unless a connection broke, or the file of another process went away.
     return isinstance(error, (ConnectionError, FileNotFoundError)) or getattr(error, 'errno', None) is None
