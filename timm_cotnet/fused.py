@@ -11,6 +11,7 @@ from typing import List, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from .fold import conv_like, fold_norm
 from .ops import grouped_local_conv, is_traced, native
@@ -72,6 +73,7 @@ class FusedConv2d(nn.Conv2d):
             and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
             and x.numel() > 0
             and not torch.is_grad_enabled()
+            and forward_ad._current_level < 0
             and not torch.is_autocast_enabled('cpu')
             and not self.weight.is_inference()  # has no version that would tell of changes
             and torch.backends.mkldnn.is_available()

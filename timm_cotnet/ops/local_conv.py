@@ -92,9 +92,10 @@ def choose(x: torch.Tensor, weight: torch.Tensor, kernel_size: int):
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether something watches the operators that run: torch.compile, export, make_fx, functorch, a dispatch mode."""
+    """Whether something watches the operators that run: torch.compile, export, jit.trace, make_fx, functorch, a dispatch mode."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
