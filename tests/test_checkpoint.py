@@ -160,6 +160,26 @@ def test_what_holds_no_weights(checkpoint, message):
         find_state_dict(checkpoint)
 
 
+class Disguise:
+    """Pickles as an ordered dict with attributes that hide its methods."""
+
+    def __init__(self, content: dict, **attributes):
+        self.parts = OrderedDict, (), attributes, None, iter(content.items())
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_attributes_that_hide_methods_do_no_harm(tmp_path):
+    hidden = dict(get=1, items=2, keys=3, values=4)
+    settings = Disguise({'model': None}, **hidden)
+    checkpoint = Disguise({'state_dict': Disguise(WEIGHTS, **hidden), 'args': settings}, **hidden)
+    found = read_checkpoint(save(checkpoint, tmp_path / 'x.pth.tar'))
+    assert found.get == 1
+    assert_equal(find_state_dict(found)[0], WEIGHTS)
+    assert find_tag('se_cotnetd_152', found, Path('320.pth'))[0] == 'jd_in1k_320'
+
+
 def meta(shapes: dict) -> dict:
     return {key: torch.empty(shape, device='meta') for key, shape in shapes.items()}
 
@@ -180,14 +200,14 @@ def test_what_fits_nothing_is_told_the_nearest():
     with pytest.raises(CheckpointError) as error:
         find_variant(weights, 1000)
     assert str(error.value) == (
-        'the weights fit no variant; cotnet101 is nearest, with 4 of 1616 entries different:\n'
+        'the weights fit no variant; nearest is cotnet101, with 4 differences to its 1616 entries:\n'
         '  missing: layer3.22.conv1.weight, layer3.22.bn1.bias\n'
         '  unexpected: head.extra\n'
         '  other shape: layer1.0.conv1.weight (64, 32, 1, 1) instead of (64, 64, 1, 1)')
 
 
 def test_resnet_is_not_taken_for_a_cotnet():
-    with pytest.raises(CheckpointError, match=r'fit no variant; \w+ is nearest.*\n  missing: .* more\n'):
+    with pytest.raises(CheckpointError, match=r'fit no variant; nearest is \w+, with.*\n  missing: .* more\n'):
         with torch.device('meta'):
             find_variant(timm.create_model('resnet50').state_dict(), 1000)
 
@@ -198,8 +218,11 @@ def test_wrong_model_is_told_the_right_one():
     with pytest.raises(CheckpointError, match='not those of cotnet101, but fit cotnet50: pass --model cotnet50'):
         find_variant(weights, 1000, 'cotnet101')
     del weights['bn1.bias']
-    with pytest.raises(CheckpointError, match=r'fit cotnet50, with 1 of 800 entries different:\n  missing: bn1.bias'):
-        find_variant(weights, 1000, 'cotnet50')
+    for said in ('cotnet50', 'cotnet101'):
+        with pytest.raises(CheckpointError, match=(
+                f'fit neither {said} nor another variant; nearest is cotnet50, with 1 differences to its 800 entries:\n'
+                '  missing: bn1.bias')):
+            find_variant(weights, 1000, said)
 
 
 @pytest.mark.parametrize('name, expected', [

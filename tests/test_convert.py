@@ -143,8 +143,8 @@ def test_network_of_two_checkpoints_needs_a_name(tmp_path):
     (lambda weights: weights['bn1.weight'].fill_(float('nan')), 'bn1.weight does not hold finite numbers'),
     (lambda weights: weights['fc.bias'].fill_(float('inf')), 'fc.bias does not hold finite numbers'),
     (lambda weights: weights.update({'fc.bias': weights['fc.bias'].to_sparse()}), 'fc.bias does not hold finite'),
-    (lambda weights: weights.pop('bn1.weight'), r'with 1 of 236 entries different:\n  missing: bn1.weight'),
-    (lambda weights: weights.update(extra=torch.ones(1)), r'with 1 of 236 entries different:\n  unexpected: extra'),
+    (lambda weights: weights.pop('bn1.weight'), r'1 differences to its 236 entries:\n  missing: bn1.weight'),
+    (lambda weights: weights.update(extra=torch.ones(1)), r'1 differences to its 236 entries:\n  unexpected: extra'),
     (lambda weights: (weights.pop('fc.weight'), weights.pop('fc.bias')), 'fc.weight'),
     (lambda weights: weights.update({'fc.weight': torch.ones(())}), r'fc.weight \(\) instead of'),
 ])

@@ -56,7 +56,8 @@ def test_classes_are_found_by_their_names(tmp_path, monkeypatch, converted):
     assert result.tolerance == pytest.approx((0.2 + 3 * 15.3093, 0.2 + 3 * 17.6777), abs=1e-3)
 
 
-@pytest.mark.parametrize('difference, agrees', [(0.0, True), (0.19, True), (-0.19, True), (0.21, False), (-0.21, False)])
+@pytest.mark.parametrize('difference, agrees', [
+    (0.0, True), (0.19, True), (-0.19, True), (0.21, False), (-0.21, False)])
 @pytest.mark.parametrize('which', [0, 1])
 def test_agreement(difference, agrees, which):
     measured = [81.3, 95.6]
@@ -91,7 +92,7 @@ def test_order_of_the_folders_names_the_classes(tmp_path, converted):
 
 
 def test_other_folders_are_refused(tmp_path, converted):
-    with pytest.raises(CheckpointError, match='has 2 class folders; expected 1000, or folders with the names of ImageNet'):
+    with pytest.raises(CheckpointError, match='has 2 class folders; expected 1000, or folders with the names of'):
         verify(converted, make_images(tmp_path, ['cat', 'dog']), workers=0)
 
 
@@ -117,3 +118,11 @@ def test_command(tmp_path, monkeypatch, capsys, converted):
     assert f'{NAME}: agrees on 4 images' in capsys.readouterr().out
     assert main(['--verify', str(images), '--data', str(images)]) == 1
     assert 'holds no converted model' in capsys.readouterr().err
+
+
+def test_command_without_images(tmp_path, capsys, converted):
+    assert main(['--verify', str(converted), '--data', str(tmp_path / 'missing')]) == 1
+    assert capsys.readouterr().err == (
+        f'error: {tmp_path}/missing is no folder; give one with a folder of images per class\n')
+    assert main(['--verify', str(converted), '--data', str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith('error: Found 0 images')

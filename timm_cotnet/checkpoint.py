@@ -101,8 +101,8 @@ def find_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[Dict[str, to
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'the file holds one {type(checkpoint).__name__}, not a checkpoint')
     names = (('state_dict_ema',) if use_ema else ()) + ('state_dict', 'model')
-    name = next((name for name in names if isinstance(checkpoint.get(name), dict)), None)
-    state = checkpoint if name is None else checkpoint[name]
+    name = next((name for name in names if isinstance(_get(checkpoint, name), dict)), None)
+    state = dict(dict.items(checkpoint if name is None else _get(checkpoint, name)))
     foreign = [key for key, value in state.items() if not (isinstance(key, str) and torch.is_tensor(value))]
     if foreign or not state:
         raise CheckpointError(
@@ -110,7 +110,12 @@ def find_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[Dict[str, to
             'checkpoint with state_dict, state_dict_ema or model, was expected')
     while all(key.startswith('module.') for key in state):
         state = {key[len('module.'):]: value for key, value in state.items()}
-    return dict(state), f'{name} of a training checkpoint' if name else 'bare state dict'
+    return state, f'{name} of a training checkpoint' if name else 'bare state dict'
+
+
+def _get(mapping: Any, name: str) -> Any:
+    """Item of a dict; a forged pickle may have given it attributes that hide its methods."""
+    return dict.get(mapping, name) if isinstance(mapping, dict) else None
 
 
 def first(names: Iterable[str], count: int = 3) -> str:
@@ -213,11 +218,13 @@ def find_variant(state_dict: Dict[str, torch.Tensor], num_classes: int, variant:
             if variant in (None, name):
                 return name
             raise CheckpointError(f'the weights are not those of {variant}, but fit {name}: pass --model {name}')
-    nearest = variant or min(differences, key=lambda name: sum(map(len, differences[name].values())))
+    nearest = min(differences, key=lambda name: sum(map(len, differences[name].values())))
     count = sum(map(len, differences[nearest].values()))
     details = '\n'.join(f'  {what}: {first(keys)}' for what, keys in differences[nearest].items() if keys)
-    said = f'the weights do not fit {variant}' if variant else f'the weights fit no variant; {nearest} is nearest'
-    raise CheckpointError(f'{said}, with {count} of {len(_shapes(nearest, num_classes))} entries different:\n{details}')
+    said = f'the weights fit neither {variant} nor another variant' if variant else 'the weights fit no variant'
+    raise CheckpointError(
+        f'{said}; nearest is {nearest}, with {count} differences to its {len(_shapes(nearest, num_classes))} entries:\n'
+        f'{details}')
 
 
 def resolve_model(name: str) -> Tuple[str, str]:
@@ -246,9 +253,7 @@ def find_tag(variant: str, checkpoint: Dict[str, Any], path: Path) -> Tuple[str,
     tags = published_tags(variant)
     if len(tags) == 1:
         return tags[0], 'keys and shapes'
-    settings = checkpoint.get('args')
-    model = settings.get('model') if isinstance(settings, dict) else None
-    recorded = model.get('name') if isinstance(model, dict) else None
+    recorded = _get(_get(_get(checkpoint, 'args'), 'model'), 'name')
     if recorded in (variant, f'{variant}_L'):
         return resolve_model(recorded)[1], f'keys, shapes and the recorded model name {recorded}'
     if re.search(r'320|152_?L', path.name):

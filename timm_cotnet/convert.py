@@ -265,7 +265,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.verify is not None:
             return _main_verify(args)
         return _main_folder(args) if args.checkpoint.is_dir() else _main_file(args)
-    except (CheckpointError, OSError) as e:
+    except (CheckpointError, OSError, RuntimeError) as e:  # the last from timm, about images or weights
         print(f'error: {e}', file=sys.stderr)
         return 1
 

@@ -70,6 +70,8 @@ def verify(
     name = f'{config["architecture"]}.{config["pretrained_cfg"].get("tag")}'
     if name not in PUBLISHED:
         raise CheckpointError(f'{folder} holds {name}, for which no ImageNet accuracy was published')
+    if not Path(data).is_dir():
+        raise CheckpointError(f'{data} is no folder; give one with a folder of images per class')
     dataset = create_dataset('', root=str(data), split='validation')
     classes = ImageNetInfo().label_names()
     if set(dataset.reader.class_to_idx) <= set(classes):
