@@ -275,6 +275,22 @@ def test_folder_with_a_damaged_record_is_converted_again(tmp_path):
     assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'x.pth': 'done before'}
 
 
+def test_folder_with_a_network_of_two_checkpoints(tmp_path):
+    downloads = tmp_path / 'in'
+    downloads.mkdir()
+    shapes = GOLDEN['se_cotnetd_152']['state_dict']
+    save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, downloads / 'x.pth')
+    row, = convert_folder(downloads, tmp_path / 'out')
+    assert row.status == 'failed' and row.reason.endswith(
+        'say which one it is, with --model x.pth=se_cotnetd_152.jd_in1k or --model x.pth=se_cotnetd_152.jd_in1k_320')
+    row, = convert_folder(downloads, tmp_path / 'out', {'x.pth': 'se_cotnetd_152_L'})
+    assert (row.status, row.conversion.name) == ('converted', 'se_cotnetd_152.jd_in1k_320')
+    row, = convert_folder(downloads, tmp_path / 'out')
+    assert (row.status, row.conversion.name) == ('done before', 'se_cotnetd_152.jd_in1k_320')
+    row, = convert_folder(downloads, tmp_path / 'out', {'x.pth': 'se_cotnetd_152'})
+    assert (row.status, row.conversion.name) == ('converted', 'se_cotnetd_152.jd_in1k')
+
+
 def test_folder_goes_on_after_a_kill(tmp_path, downloads):
     command = [sys.executable, '-m', 'timm_cotnet.convert', str(downloads), '--output', str(tmp_path / 'out')]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -82,7 +82,8 @@ def read_checkpoint(path: Path) -> Any:
             f'{path} is refused: it asks for {asked[1] or asked[2]}, which no official checkpoint needs and which '
             'could run code; nothing of it was run') from e
     except Exception as e:  # what a damaged or forged file raises has no common class
-        raise CheckpointError(f'{path} cannot be read as a PyTorch checkpoint ({e}); download it again') from e
+        reason = str(e).split('. ')[0]
+        raise CheckpointError(f'{path} cannot be read as a PyTorch checkpoint ({reason}); download it again') from e
 
 
 def find_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[Dict[str, torch.Tensor], str]:

@@ -177,9 +177,7 @@ def convert_folder(
         use_ema: As for `convert`.
     """
     folder, output, models = Path(folder), Path(output), models or {}
-    paths = sorted(
-        path for path in folder.rglob('*')
-        if path.suffix in CHECKPOINT_SUFFIXES and path.is_file() and output not in path.parents)
+    paths = sorted(path for path in folder.rglob('*') if path.suffix in CHECKPOINT_SUFFIXES and path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
     unknown = models.keys() - set(names)
     if unknown:
@@ -200,6 +198,7 @@ def convert_folder(
         rows.append(row)
         if row.conversion is not None:
             made[row.conversion.name] = file
+        if row.status == 'converted':
             record[file] = {'source': source, 'conversion': asdict(row.conversion)}
             _write_record(record_path, record)
     return rows
@@ -213,7 +212,7 @@ def _convert_one(
         recorded: Optional[Dict[str, Any]],
         made: Dict[str, str],
 ) -> FolderRow:
-    if recorded is not None and recorded['source'] == source:
+    if recorded is not None and recorded['source'] == {**recorded['source'], **_said(source)}:
         conversion = Conversion(**recorded['conversion'])
         written = output / conversion.name
         if conversion.name not in made and all(
@@ -224,10 +223,15 @@ def _convert_one(
         network, conversion = _load(path, source['model'], source['use_ema'])
         if conversion.name in made:
             raise CheckpointError(
-                f'it is {conversion.name}, as is {made[conversion.name]}: remove one, or pass --model {file}=NAME')
+                f'it is {conversion.name}, as is {made[conversion.name]}: remove one, or pass --model NAME')
         return FolderRow(file, 'converted', _write(network, conversion, output / conversion.name))
     except (CheckpointError, OSError) as e:
-        return FolderRow(file, 'failed', reason=str(e))
+        return FolderRow(file, 'failed', reason=str(e).replace('--model ', f'--model {file}='))
+
+
+def _said(source: Dict[str, Any]) -> Dict[str, Any]:
+    """What is known of a file now; a model that is not named again is the one that was."""
+    return {key: value for key, value in source.items() if value is not None}
 
 
 def _read_record(path: Path) -> Dict[str, Any]:
@@ -292,10 +296,11 @@ def _main_folder(args: argparse.Namespace) -> int:
     for row in rows:
         made = row.conversion
         print(f'{row.file:{width}}  {row.status:11}  ' + (
-            f'{made.name:26}  {made.digests[WEIGHTS_NAME]}  {made.taken}' if made else row.reason))
+            f'{made.name:26}  {made.digests[WEIGHTS_NAME]}  {made.taken}' if made else row.reason.splitlines()[0]))
     names = {row.conversion.name for row in rows if row.conversion}
-    for name in PUBLISHED.keys() - names:
-        print(f'not among them: {name}, published at {PUBLISHED[name].url}')
+    for name, facts in PUBLISHED.items():
+        if name not in names:
+            print(f'not among them: {name}, published at {facts.url}')
     return int(not rows or any(row.status == 'failed' for row in rows))
 
 
