@@ -17,7 +17,7 @@ from .fold import conv_like, fold_norm
 from .ops import grouped_local_conv, is_traced, native
 
 _POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
-_PACKED = weakref.WeakKeyDictionary()  # of a FusedConv2d: (what its packed filters were made for, the packed filters)
+_PACKED = weakref.WeakKeyDictionary()  # of a FusedConv2d: what its packed filters were made for, oneDNN's arguments
 
 
 class FusedConv2d(nn.Conv2d):
@@ -83,14 +83,14 @@ class FusedConv2d(nn.Conv2d):
     @torch.jit.unused
     def _forward_packed(self, x: torch.Tensor, addend: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        geometry = (self.padding, self.stride, self.dilation, self.groups)
-        made_for = (x.shape, x.dtype, self.weight.data_ptr(), self.weight._version, torch.get_num_threads())
+        weight = self.weight
+        made_for = (x.shape, x.dtype, weight.data_ptr(), weight._version)
         packed = _PACKED.get(self)
         if packed is None or packed[0] != made_for:
-            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.detach().to_mkldnn(), *geometry, x.shape)
-            _PACKED[self] = packed = (made_for, weight)
-        args = (packed[1], self.bias, *geometry)
-        act = _POST_OPS[type(self.act)]
+            geometry = (self.padding, self.stride, self.dilation, self.groups)
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *geometry, x.shape)
+            _PACKED[self] = packed = (made_for, (weight, self.bias, *geometry), _POST_OPS[type(self.act)])
+        _, args, act = packed
         if addend is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *args, act, [], '')
         addend = addend.contiguous(memory_format=torch.channels_last)
