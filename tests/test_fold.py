@@ -218,3 +218,14 @@ def _handed_on(model, how, x):
     if how == 'export':
         return torch.export.export(model, (x,)).module()
     return torch.compile(model, fullgraph=True)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_without_onednn():
+    folded = reparameterize_model(create('test_cotnet')).float()
+    x = golden_input((2, 3, 64, 64), 'fold').float()
+    with torch.no_grad():
+        expected = folded(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not folded.layer1[0].conv1.can_run_packed(x)
+            assert (folded(x) - expected).abs().max() < 1e-5 * expected.abs().max()

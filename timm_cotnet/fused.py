@@ -69,6 +69,8 @@ class FusedConv2d(nn.Conv2d):
         return (
             not is_traced(x)
             and x.device.type == 'cpu'
+            and torch.backends.mkldnn.is_available()
+            and torch._C._get_mkldnn_enabled()
             and x.dtype == self.weight.dtype
             and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
             and x.numel() > 0
@@ -76,8 +78,6 @@ class FusedConv2d(nn.Conv2d):
             and forward_ad._current_level < 0
             and not torch.is_autocast_enabled('cpu')
             and not self.weight.is_inference()  # has no version that would tell of changes
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
         )
 
     @torch.jit.unused
