@@ -61,7 +61,7 @@ def test_fast_path_is_close_in_float32(name):
         for memory_format in FORMATS:
             actual = folded(x.float().contiguous(memory_format=memory_format))
             assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
-            again = folded(x[:1].float().contiguous(memory_format=memory_format))  # filters are packed for another shape
+            again = folded(x[:1].float().contiguous(memory_format=memory_format))  # packed for another shape
             assert (again - expected[:1]).abs().max() < 1e-4 * expected.abs().max()
 
 

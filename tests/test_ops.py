@@ -1,4 +1,4 @@
-"""Local convolution on the CPU: every implementation against the unfold formula, and everything that looks inside it."""
+"""Local convolution on the CPU: every implementation against the unfold formula, and all that looks inside it."""
 import ctypes
 import os
 import subprocess
@@ -235,7 +235,7 @@ def test_compiled_without_graph_breaks(channels_last):
     (dict(x=torch.zeros(2, 15, 5, 6)), 'weight has 2 groups, expected a divisor of the 15 channels'),
     (dict(x=torch.zeros(2, 16, 6, 5)), r'weight has shape \(2, 2, 9, 5, 6\), expected \(2, 2, 9, 6, 5\)'),
     (dict(x=torch.zeros(2, 16, 5, 6, dtype=torch.int64)), 'x has dtype torch.int64, expected one of'),
-    (dict(weight=torch.zeros(2, 2, 9, 5, 6, dtype=torch.float64)), 'weight has dtype torch.float64, x has torch.float32'),
+    (dict(weight=torch.zeros(2, 2, 9, 5, 6, dtype=torch.float64)), 'weight has dtype torch.float64, x has'),
     (dict(weight=torch.zeros(2, 2, 9, 5, 6, device='meta')), 'weight is on meta, expected it on cpu'),
 ])
 def test_wrong_input_is_named(kwargs, message):
@@ -256,7 +256,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize('function', [local_conv_reference, LocalConvShifted.apply, LocalConvNative.apply])
 def test_memory_is_linear(function):
-    """No buffer of k * k times x, and nothing larger than the padded x; the native kernel allocates its results alone."""
+    """No buffer of k * k times x, and nothing larger than the padded x."""
     if function == LocalConvNative.apply and isinstance(native.load(torch.float32), str):
         pytest.skip(f'no native kernels: {native.load(torch.float32)}')
     x, weight, grad = inputs(C=64, G=1, H=16, W=16, k=5, channels_last=True)

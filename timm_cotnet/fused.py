@@ -30,8 +30,8 @@ class FusedConv2d(nn.Conv2d):
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module):
         super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-            conv.bias is not None, device='meta')
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, device='meta')
         self.weight, self.bias = conv.weight, conv.bias
         self.act = act
         self.train(conv.training)
@@ -138,7 +138,8 @@ class FusedCotLayer(nn.Module):
         bn = layer.bn
         scale = (bn.weight if bn.weight is not None else 1) * (bn.running_var + bn.eps).rsqrt()
         shift = (bn.bias if bn.bias is not None else 0) - bn.running_mean * scale
-        self.value = FusedConv2d(conv_like(value, value.weight * scale.view(-1, 1, 1, 1), value.bias * scale), nn.Identity())
+        self.value = FusedConv2d(
+            conv_like(value, value.weight * scale.view(-1, 1, 1, 1), value.bias * scale), nn.Identity())
         self.shift = nn.Parameter(shift.detach().clone(), requires_grad)
 
         self.se = nn.Sequential(fold_norm(layer.se[0], layer.se[1]), nn.ReLU(inplace=True))
@@ -194,7 +195,7 @@ class FusedCotLayer(nn.Module):
 
 
 class FusedBottleneck(nn.Module):
-    """`CotBottleneck` or `SplitAttnBottleneck` for evaluation: batch norms folded, sums and activations in the convolutions.
+    """`CotBottleneck` or `SplitAttnBottleneck` for evaluation: folded batch norms, sums and activations fused.
 
     Args:
         block: The block to convert, whose convolutions have been folded already; left as it is.

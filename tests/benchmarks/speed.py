@@ -1,6 +1,6 @@
 """Speed of CoTNet against its rivals, on this machine: `python tests/benchmarks/speed.py`.
 
-Both sides of a row run in turn in one process, each in the memory format that suits it better, and medians are compared.
+Both sides of a row run in turn in one process, each in the memory format that suits it better; medians are compared.
 Prints the table and writes it to `speed.md` and `speed.png` in `--output`. A row that cannot run here says why.
 """
 import argparse
@@ -100,7 +100,8 @@ def evaluation_size(name: str) -> int:
     return (config.test_input_size or config.input_size)[-1]
 
 
-def inference(model: nn.Module, batch: int, size: int = 224, dtype=torch.float32, device='cpu', compiled=False, only=None):
+def inference(
+        model: nn.Module, batch: int, size: int = 224, dtype=torch.float32, device='cpu', compiled=False, only=None):
     """A task for each memory format that runs the model without gradients."""
     tasks = {}
     for name, memory_format in FORMATS.items():
@@ -189,7 +190,8 @@ def operator(channels: int, side: int, backward: bool, function: Callable, batch
     return tasks
 
 
-def _operator_task(function: Callable, x: torch.Tensor, filters: torch.Tensor, grad: torch.Tensor, backward: bool) -> Task:
+def _operator_task(
+        function: Callable, x: torch.Tensor, filters: torch.Tensor, grad: torch.Tensor, backward: bool) -> Task:
     B, _, H, W = x.shape
 
     def task():
@@ -314,7 +316,8 @@ def rows() -> List[Row]:
     table += [
         Row('local_conv, 448 / 224 (112 x 112 / 56 x 56)', 4.2, lambda: measure(
             (operator(64, 112, True, local_conv), operator(64, 56, True, local_conv)))),
-        Row('CoTNet-50, inference, 448 / 224', 4.2, lambda: measure((inference(cotnet(), 2, 448), inference(cotnet(), 2)))),
+        Row('CoTNet-50, inference, 448 / 224', 4.2, lambda: measure(
+            (inference(cotnet(), 2, 448), inference(cotnet(), 2)))),
     ]
     for train in (False, True):
         for compiled in (False, True):
@@ -360,7 +363,8 @@ def plot(results: List[Tuple[Row, Optional[float]]], path: Path) -> None:
 def main(argv: Optional[List[str]] = None) -> None:
     global SECONDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rows', nargs='+', default=[''], metavar='TEXT', help='only rows whose name contains one of these')
+    parser.add_argument('--rows', nargs='+', default=[''], metavar='TEXT',
+                        help='only rows whose name contains one of these')
     parser.add_argument('--quick', action='store_true', help='shorter runs: a look, not a result')
     parser.add_argument('--output', type=Path, default=Path('.'), help='folder for speed.md and speed.png')
     parser.add_argument('--peak', help=argparse.SUPPRESS)
@@ -369,7 +373,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         return print_peak(args.peak)
     SECONDS /= 10 if args.quick else 1
 
-    lines = [hardware(), '', '| work | ours | other | ratio | goal | memory formats |', '| --- | --- | --- | --- | --- | --- |']
+    lines = [
+        hardware(), '',
+        '| work | ours | other | ratio | goal | memory formats |',
+        '| --- | --- | --- | --- | --- | --- |']
     print('\n'.join(lines), flush=True)
     results = []
     for row in rows():
@@ -384,7 +391,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         else:
             results.append((row, ours / other))
             lines.append(
-                f'| {row.name} | {ours:.4g} {row.unit} | {other:.4g} {row.unit} | {ours / other:.3f} | {goal} | {formats} |')
+                f'| {row.name} | {ours:.4g} {row.unit} | {other:.4g} {row.unit} | {ours / other:.3f} | {goal} '
+                f'| {formats} |')
         print(lines[-1], flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / 'speed.md').write_text('\n'.join(lines) + '\n')

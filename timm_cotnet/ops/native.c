@@ -1,7 +1,7 @@
 /* Kernels of CoT for channels-last tensors on the CPU. `native.py` compiles this file and says what the arguments are.
 
-SCALAR is the type of all tensors, float or (-DBFLOAT16) bfloat16; sums are kept in float. Activations are (B, H * W, C),
-filters (B, H * W, G * taps) with tap t of filter g at g * stride_g + t * stride_t. Threads share the images out among
+SCALAR is the type of all tensors, float or (-DBFLOAT16) bfloat16; sums are kept in float. Activations are (B, H * W,
+C), filters (B, H * W, G * taps) with tap t of filter g at g * stride_g + t * stride_t. Threads share the images out among
 themselves, or the rows of each image where there are more threads than images. Channels and filters come in `slices`: a
 channel uses a filter of its own slice. */
 #include <math.h>
@@ -69,13 +69,13 @@ static inline int valid_taps(const Shape *s, long h, long w, int *tap, long *off
     return n;
 }
 
-/* out[c] = sum over n taps of x[offset of tap][c] * filters[tap][filter of c], for `lanes` filters from `first` on. Written
-   in GCC's and Clang's vectors, as neither keeps the sums of plain loops in registers. */
+/* out[c] = sum over n taps of x[offset of tap][c] * filters[tap][filter of c], for `lanes` filters from `first`
+   on. Written in GCC's and Clang's vectors, as neither keeps the sums of plain loops in registers. */
 #define DEFINE_WEIGHTED_SUM(lanes) \
     typedef float Floats##lanes __attribute__((vector_size(4 * lanes))); \
     static inline void weighted_sum##lanes( \
-            const Shape *s, const SCALAR *x, const float *filters, const int *tap, const long *offset, int n, float *out, \
-            long first) { \
+            const Shape *s, const SCALAR *x, const float *filters, const int *tap, const long *offset, int n, \
+            float *out, long first) { \
         long step = s->groups / s->slices, slice = first / step, width = s->channels / s->slices; \
         for (long c = slice * width + first % step; c < (slice + 1) * width; c += step) { \
             Floats##lanes sum = {0}, filter, in; \
@@ -140,11 +140,11 @@ void local_conv(const Shape *s, const SCALAR *x, const SCALAR *weight, SCALAR *o
 }
 
 #ifndef BFLOAT16 /* the input gradient is summed where it is stored */
-/* What the output gradient of a pixel adds to the input gradient, and the gradient of the pixel's filters, (taps, G). */
+/* What the output gradient of a pixel adds to the input gradient, and the gradient of its filters, (taps, G). */
 #define DEFINE_GRADIENTS(lanes) \
     static inline void gradients##lanes( \
-            const Shape *s, const float *grad, const float *x, const float *filters, const int *tap, const long *offset, \
-            int n, float *grad_x, float *grad_filters, long first) { \
+            const Shape *s, const float *grad, const float *x, const float *filters, const int *tap, \
+            const long *offset, int n, float *grad_x, float *grad_filters, long first) { \
         long step = s->groups / s->slices, slice = first / step, width = s->channels / s->slices; \
         for (int t = 0; t < n; t++) { \
             Floats##lanes sum = {0}, filter, in, g, out; \
@@ -238,7 +238,7 @@ static void norm_affine(
         double mean = 0, square = 0;
         for (long t = 0; t < taps; t++) {
             long i = g * s->stride_g + t * s->stride_t;
-            double d = (double)load(image[i]) - load(image[g * s->stride_g]); /* relative to the filter's first channel */
+            double d = (double)load(image[i]) - load(image[g * s->stride_g]); /* to the filter's first */
             mean += moments[i] + pixels * d;
             square += moments[n + i] + 2 * d * moments[i] + pixels * d * d;
         }

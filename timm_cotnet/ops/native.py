@@ -72,7 +72,7 @@ def _build(defines: list) -> Path:
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_cotnet'
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (folder / name).exists():
-        with tempfile.TemporaryDirectory(dir=folder) as building:  # renamed when whole: many processes may do this at once
+        with tempfile.TemporaryDirectory(dir=folder) as building:  # renamed when whole, as many processes may do this
             result = subprocess.run(
                 [compiler, *flags, '-o', name, str(_SOURCE), '-lm'],
                 cwd=building, capture_output=True, text=True, timeout=120)
