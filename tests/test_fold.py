@@ -120,6 +120,30 @@ def test_fused_layer_follows_changed_weights():
         assert (folded(x.double()) - other(x)).abs().max() < 1e-4
 
 
+def test_fused_layer_follows_replaced_parameters():
+    """No filters that were freed are mistaken for new ones at their address, and biases are read at each call."""
+    folded = reparameterize_model(timm.create_model('test_cotnet').eval())
+    x = golden_input((1, 3, 64, 64), 'fold').float()
+    with torch.no_grad():
+        for seed in range(4):
+            other = {
+                name: p + 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+                for name, p in folded.named_parameters()
+            }
+            fresh = copy.deepcopy(folded)
+            fresh.load_state_dict(other, strict=False)
+            actual = torch.func.functional_call(folded, other, x)
+            assert (actual - fresh(x)).abs().max() < 1e-4 * actual.abs().max()
+        conv = folded.layer2[0].conv3
+        conv.bias = nn.Parameter(conv.bias + 1)
+        assert (folded(x) - copy.deepcopy(folded)(x)).abs().max() < 1e-5
+        for module in folded.modules():
+            if isinstance(module, FusedCotLayer):
+                module.se.double()  # not what the kernels expect
+        with pytest.raises(RuntimeError, match='dtype|type'):
+            folded(x)
+
+
 def test_intermediate_results_are_not_overwritten():
     folded = reparameterize_model(timm.create_model('cotnet50', layers=(3, 2, 1, 1)).eval())
     x = golden_input((1, 3, 64, 64), 'fold').float()
@@ -131,8 +155,16 @@ def test_intermediate_results_are_not_overwritten():
         stages = folded.forward_intermediates(x, intermediates_only=True)
         copies = [stage.clone() for stage in stages]
         folded.forward_head(folded.layer4(folded.layer3(folded.layer2(stages[1]))))
-    assert len(kept) == 3
+        folded.layer1[1].conv3.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+        folded(x)
+    assert len(kept) == 3 + 4
     assert all(torch.equal(out, copied) for out, copied in kept)
+
+    part = reparameterize_model(timm.create_model('cotnet50', layers=(3, 1, 1, 1)).eval()).layer1
+    part[1].conv1.register_forward_pre_hook(lambda module, args: kept.append((args[0], args[0].clone())))
+    with torch.no_grad():
+        part(golden_input((1, 64, 8, 8), 'fold').float())
+    assert len(kept) == 8 and torch.equal(*kept[-1])
     assert all(torch.equal(stage, copied) for stage, copied in zip(stages, copies))
 
 
@@ -166,13 +198,21 @@ def test_replaced_first_convolution():
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'), dict(norm_layer='groupnorm1'),
+    dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'), dict(act_layer='silu'), dict(norm_layer='groupnorm1'),
     dict(block_args=dict(attn_layer='se'))])
 def test_blocks_that_cannot_be_fused_whole(kwargs):
     model = timm.create_model('test_cotnet', **kwargs).double().eval()
     folded = reparameterize_model(model)
     assert any(not isinstance(block, FusedBottleneck) for stage in (folded.layer3, folded.layer4) for block in stage)
-    assert difference(folded, model, golden_input((1, 3, 64, 64), 'fold')) < 1e-8
+    x = golden_input((1, 3, 64, 64), 'fold')
+    assert difference(folded, model, x) < 1e-8
+    assert difference(folded.float(), model.float(), x.float()) < 1e-4
+
+
+def test_empty_batch():
+    for name in ('test_cotnet', 'cotnext50_2x48d'):
+        with torch.no_grad():
+            assert reparameterize_model(create(name)).float()(torch.zeros(0, 3, 64, 64)).shape[0] == 0
 
 
 def test_article_module():

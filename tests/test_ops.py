@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given, settings, strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,6 +149,42 @@ def test_second_derivative_of_the_native_kernel():
         results.append(torch.autograd.grad((grad_x.square().sum() + grad_w.square().sum()), (a, b)))
     for actual, expected in zip(*results):
         assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_gradients_of_saved_tensors_that_hooks_replace(channels_last):
+    """Checkpointing may unpack saved tensors only once, and hooks may return them with other strides."""
+    x, weight, grad = inputs(channels_last=channels_last)
+    a, b = x.requires_grad_(), weight.requires_grad_()
+    expected = torch.autograd.grad(formula(a, b), (a, b), grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous(), lambda t: t):
+        out = local_conv(a, b)
+    actual = torch.autograd.grad(out, (a, b), grad)
+    out = torch.utils.checkpoint.checkpoint(local_conv, a, b.detach(), use_reentrant=False)
+    actual += torch.autograd.grad(out, a, grad)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = torch.utils.checkpoint.checkpoint(local_conv, a, b, use_reentrant=False)
+    half = torch.autograd.grad(out, (a, b), grad.bfloat16())
+    for one, other in zip(actual + half, (*expected, expected[0], *expected)):
+        assert_close(one, other.double(), torch.float32 if one is not half[0] and one is not half[1] else torch.bfloat16)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_many_gradients_at_once(channels_last):
+    x, weight, grad = inputs(B=1, C=4, G=2, H=3, W=4, channels_last=channels_last)
+    a, b = x.requires_grad_(), weight.requires_grad_()
+    out = local_conv(a, b)
+    batched = torch.autograd.grad(out, (a, b), torch.stack([grad, 2 * grad]), is_grads_batched=True, retain_graph=True)
+    for many, one in zip(batched, torch.autograd.grad(out, (a, b), grad)):
+        assert_close(many[1], 2 * one.double(), torch.float32)
+
+
+@needs_native
+def test_sizes_that_the_kernels_refuse():
+    x, weight, _ = inputs(B=1, C=16384, G=16384, H=1, W=2, channels_last=True)
+    assert 'more than' in native.why_not_local_conv(x, weight, 3)
+    assert choose(x, weight, 3) == LocalConvShifted.apply
+    assert_close(local_conv(x, weight), formula(x.double(), weight.double()), torch.float32)
 
 
 @pytest.mark.parametrize('channels_last', [False, True])

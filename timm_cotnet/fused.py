@@ -4,6 +4,9 @@ Batch norms are folded, and each convolution also applies what follows it. On th
 oneDNN's convolutions with fused sums and activations, and on the kernels of `ops/native.c` for what lies between them
 (`FusedConv2d.can_run_packed` and `FusedCotLayer.can_run_native` choose). Everywhere else, and for whatever traces,
 scripts, compiles or differentiates them, they are plain PyTorch.
+
+Filters are packed again when they change, as told by their address and version; `p.data.mul_()` changes neither. A NaN
+may end in oneDNN's ReLU, which makes it zero.
 """
 import weakref
 from typing import List, Optional
@@ -74,6 +77,8 @@ class FusedConv2d(nn.Conv2d):
             and x.dtype == self.weight.dtype
             and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
             and x.numel() > 0
+            and x.ndim == 4
+            and x.shape[1] == self.in_channels
             and not torch.is_grad_enabled()
             and forward_ad._current_level < 0
             and not torch.is_autocast_enabled('cpu')
@@ -89,8 +94,10 @@ class FusedConv2d(nn.Conv2d):
         if packed is None or packed[0] != made_for:
             geometry = (self.padding, self.stride, self.dilation, self.groups)
             weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *geometry, x.shape)
-            _PACKED[self] = packed = (made_for, (weight, self.bias, *geometry), _POST_OPS[type(self.act)])
-        _, args, act = packed
+            # with the filters themselves: as long as they live, no others can have their address
+            _PACKED[self] = packed = (made_for, weight, self.weight.detach())
+        args = (packed[1], self.bias, self.padding, self.stride, self.dilation, self.groups)
+        act = _POST_OPS[type(self.act)]
         if addend is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *args, act, [], '')
         addend = addend.contiguous(memory_format=torch.channels_last)
@@ -167,7 +174,7 @@ class FusedCotLayer(nn.Module):
         taps = self.kernel_size * self.kernel_size
         weight, bias = self.attn_scale, self.attn_shift
         if self.tap_by_tap:
-            attn = attn.view(B, taps, self.num_filters, H, W).transpose(1, 2).reshape(B, -1, H, W)
+            attn = attn.view(B, taps, self.num_filters, H, W).transpose(1, 2).reshape(B, taps * self.num_filters, H, W)
             weight, bias = weight.view(taps, -1).t().reshape(-1), bias.view(taps, -1).t().reshape(-1)
         attn = F.group_norm(attn, self.num_filters, weight, bias, self.eps)
         dynamic = grouped_local_conv(value, attn, self.kernel_size, self.dilation, self.groups)
@@ -180,16 +187,21 @@ class FusedCotLayer(nn.Module):
         """Whether the kernels of `native.c` do what comes behind the convolutions."""
         return (
             self.value.can_run_packed(value)
-            and self.kernel_size <= native.MAX_KERNEL_SIZE
+            and native.why_not_sizes(self.kernel_size, self.num_filters, self.value.out_channels) is None
             and native.why_not_native(value) is None
+            and all(p.dtype == value.dtype and p.is_contiguous() for p in self._native_parameters())
         )
 
     @torch.jit.unused
+    def _native_parameters(self) -> List[torch.Tensor]:
+        """What the kernels read through pointers."""
+        first, last = self.se[0], self.se[2]
+        return [self.attn_scale, self.attn_shift, self.shift, first.weight, first.bias, last.weight, last.bias]
+
+    @torch.jit.unused
     def _forward_native(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
-        parameters = native.Parameters(
-            self.attn_scale.data_ptr(), self.attn_shift.data_ptr(), self.eps, self.shift.data_ptr(),
-            self.se[0].weight.data_ptr(), self.se[0].bias.data_ptr(),
-            self.se[2].weight.data_ptr(), self.se[2].bias.data_ptr(), self.se[2].in_channels)
+        gamma, beta, *others = (p.data_ptr() for p in self._native_parameters())
+        parameters = native.Parameters(gamma, beta, self.eps, *others, self.se[2].in_channels)
         return native.fuse_contexts(
             value, attn, static, parameters, self.kernel_size, self.dilation, self.groups, self.tap_by_tap)
 
@@ -218,6 +230,7 @@ class FusedBottleneck(nn.Module):
         return (
             FusedConv2d.is_fusible(block.conv1, block.act1)
             and FusedConv2d.is_fusible(block.conv3, block.act3)
+            and not isinstance(block.act3, nn.SiLU)  # oneDNN fuses none behind a sum
             and all(isinstance(m, nn.Identity) for m in (block.bn1, block.bn3, block.drop_block))
             and block.se is None
             and block.drop_path is None
@@ -243,15 +256,15 @@ class FusedStage(nn.Sequential):
         return x
 
     def is_watched(self) -> bool:
-        """Whether a forward hook may have kept what a block returned."""
+        """Whether a forward hook may have kept what a block or a part of one got or returned."""
         if torch.jit.is_scripting():
             return True
         return self._has_hooks()
 
     @torch.jit.unused
     def _has_hooks(self) -> bool:
-        hooks = nn.modules.module._global_forward_hooks
-        return bool(hooks) or any(block._forward_hooks or block._forward_pre_hooks for block in self)
+        everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        return bool(everywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
 
 
 class Stage(nn.Sequential):

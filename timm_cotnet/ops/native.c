@@ -330,7 +330,7 @@ static void fuse_image(
         pooled[c] = sum / pixels;
     }
     affine_layer(pooled, channels, p->hidden, p->weight1, p->bias1, hidden);
-    for (long i = 0; i < p->hidden; i++) hidden[i] = hidden[i] > 0 ? hidden[i] : 0;
+    for (long i = 0; i < p->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
     affine_layer(hidden, p->hidden, channels, p->weight2, p->bias2, attn);
     for (long c = 0; c < channels; c++) attn[c] = sigmoid(attn[c]);
 

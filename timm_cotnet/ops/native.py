@@ -25,6 +25,7 @@ _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
 _FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
 _X86_FLAGS = ['-mprefer-vector-width=512']
 MAX_KERNEL_SIZE = 7  # MAX_TAPS in native.c
+MAX_NUMBERS = 32768  # filters and channels of one pixel, which threads keep on their stacks
 
 
 class Shape(ctypes.Structure):
@@ -104,8 +105,14 @@ class LocalConvNative(LocalConvShifted):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or not all(ctx.needs_input_grad[:2]):
-            return LocalConvShifted.backward(ctx, grad)
+        if (
+                torch.is_grad_enabled()
+                or torch._C._functorch.is_legacy_batchedtensor(grad)
+                or x.dtype != torch.float32
+                or not all(ctx.needs_input_grad[:2])
+                or why_not_local_conv(x, weight, ctx.kernel_size) is not None  # hooks may change the strides
+        ):
+            return LocalConvShifted.gradients(ctx, grad, x, weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
         load(x.dtype).local_conv_backward(
@@ -116,13 +123,22 @@ class LocalConvNative(LocalConvShifted):
 
 def why_not_local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int) -> Optional[str]:
     """The reason why `LocalConvNative` cannot take these; None if it can."""
-    if kernel_size > MAX_KERNEL_SIZE:
-        return f'kernel_size is {kernel_size}, more than {MAX_KERNEL_SIZE}'
+    too_large = why_not_sizes(kernel_size, weight.shape[1], x.shape[1])
+    if too_large is not None:
+        return too_large
     if not x.is_contiguous(memory_format=torch.channels_last) or not weight.permute(0, 3, 4, 1, 2).is_contiguous():
         return 'x or weight is not channels-last'
     if forward_ad._current_level >= 0:
         return 'the kernels have no forward-mode derivative'
     return why_not_native(x)
+
+
+def why_not_sizes(kernel_size: int, groups: int, channels: int) -> Optional[str]:
+    """The reason why the kernels cannot work with such sizes; None if they can."""
+    if kernel_size > MAX_KERNEL_SIZE:
+        return f'kernel_size is {kernel_size}, more than {MAX_KERNEL_SIZE}'
+    numbers = groups * kernel_size ** 2 + channels
+    return f'a pixel has {numbers} filters and channels, more than {MAX_NUMBERS}' if numbers > MAX_NUMBERS else None
 
 
 def _shape(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int):

@@ -75,11 +75,16 @@ class LocalConvShifted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        return LocalConvShifted.gradients(ctx, grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradients(ctx, grad, x, weight):
+        """`backward`, with the saved tensors already unpacked."""
         args = (ctx.kernel_size, ctx.dilation)
-        if torch.is_grad_enabled():  # a second derivative is wanted: the first one as differentiable plain PyTorch
-            x, weight = x.view_as(x), weight.view_as(weight)
+        # a second derivative is wanted, or many gradients at once: the first one as differentiable plain PyTorch
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             with torch.enable_grad():
+                x, weight = x.view_as(x), weight.view_as(weight)
                 out = local_conv_reference(x, weight, *args)
                 wanted = [t for t, need in zip((x, weight), ctx.needs_input_grad) if need]
                 grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
