@@ -166,6 +166,24 @@ def test_earlier_conversion_is_replaced_and_other_files_stay(tmp_path):
     assert sorted(os.listdir(out)) == ['README.md', 'config.json', 'model.safetensors', 'notes.txt']
 
 
+def exit_code_of_fork(target, *args) -> int:
+    """Calls the function in a fork of this process, which ends with this function at the latest."""
+    process = multiprocessing.get_context('fork').Process(target=run_in_fork, args=(target, *args), daemon=True)
+    process.start()
+    try:
+        process.join(60)
+        assert process.exitcode is not None, 'the fork hangs'
+        return process.exitcode
+    finally:
+        process.kill()
+        process.join()
+
+
+def run_in_fork(target, *args) -> None:
+    torch.set_num_threads(1)  # the threads of this process are not forked: an operator that waits for them hangs
+    target(*args)
+
+
 def convert_and_die(path: Path, out: Path, event_index: int) -> None:
     """Converts, and kills this process at an event of the file system inside `out`."""
     count = 0
@@ -178,12 +196,10 @@ def convert_and_die(path: Path, out: Path, event_index: int) -> None:
             count += 1
 
     sys.addaudithook(hook)
-    torch.set_num_threads(1)
     convert(path, out)
 
 
 def test_killed_at_any_time_nothing_half_written_is_taken_for_whole(tmp_path):
-    context = multiprocessing.get_context('fork')
     path, out = save(tiny(2), tmp_path / 'new.pth'), tmp_path / 'out'
     convert(save(training_checkpoint(tiny(1), 'x'), tmp_path / 'old.pth'), out)  # its card differs too
     convert(path, tmp_path / 'expected')
@@ -191,12 +207,10 @@ def test_killed_at_any_time_nothing_half_written_is_taken_for_whole(tmp_path):
     whole.add(tuple(sorted((out / file).read_bytes() for file in os.listdir(out))))
     kills = seen_without = 0
     while True:
-        process = context.Process(target=convert_and_die, args=(path, out, kills))
-        process.start()
-        process.join(60)
-        if process.exitcode == 0:
+        exit_code = exit_code_of_fork(convert_and_die, path, out, kills)
+        if exit_code == 0:
             break
-        assert process.exitcode == -signal.SIGKILL
+        assert exit_code == -signal.SIGKILL
         kills += 1
         if (out / 'model.safetensors').exists():
             names = [name for name in os.listdir(out) if not name.startswith('.partial-')]
@@ -217,10 +231,7 @@ def convert_on_a_full_disk(path: Path, out: Path, limit: int) -> None:
 @pytest.mark.parametrize('limit', [100, 5000, 100000])
 def test_full_disk_leaves_nothing_half_written(tmp_path, capfd, limit):
     path, out = save(tiny(), tmp_path / 'x.pth'), tmp_path / 'out'
-    process = multiprocessing.get_context('fork').Process(target=convert_on_a_full_disk, args=(path, out, limit))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 1
+    assert exit_code_of_fork(convert_on_a_full_disk, path, out, limit) == 1
     assert 'error: ' in capfd.readouterr().err
     assert os.listdir(out) == []
 
