@@ -124,6 +124,13 @@ def test_half_types_and_autocast(tag, dtype):
     (CotLayer, dict(dim=16, kernel_size=4), 'kernel_size is 4, expected a positive odd integer'),
     (CoTAttention, dict(dim=16, kernel_size=2), 'kernel_size is 2, expected a positive odd integer'),
     (CotLayer, dict(dim=16, dilation=0), 'dilation is 0, expected a positive integer'),
+    (CotLayer, dict(dim=16.), r'dim is 16\.0, expected a multiple of 8'),
+    (CoTAttention, dict(dim='16'), "dim is '16', expected a multiple of 4"),
+    (CotLayer, dict(dim=16, kernel_size=3.), r'kernel_size is 3\.0, expected a positive odd integer'),
+    (CoxtLayer, dict(dim=16, kernel_size=(3, 3)), r'kernel_size is \(3, 3\), expected a positive odd integer'),
+    (CoTAttention, dict(dim=16, kernel_size=1.5), r'kernel_size is 1\.5, expected a positive odd integer'),
+    (CotLayer, dict(dim=16, dilation=1.5), r'dilation is 1\.5, expected a positive integer'),
+    (CotLayer, dict(dim=16, dilation=(1, 1)), r'dilation is \(1, 1\), expected a positive integer'),
 ])
 def test_wrong_arguments_are_named(layer_cls, kwargs, message):
     with pytest.raises(ValueError, match=message):

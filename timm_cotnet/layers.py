@@ -97,8 +97,7 @@ class CotLayer(nn.Module):
         dd = factory_kwargs(device, dtype)
         super().__init__()
         multiple = SHARE_PLANES * self.GROUPS
-        if dim < 1 or dim % multiple != 0:
-            raise ValueError(f'{type(self).__name__}: dim is {dim}, expected a multiple of {multiple}')
+        _check_dim(type(self).__name__, dim, multiple)
         _check_kernel(type(self).__name__, kernel_size, dilation)
         self.dim = dim
         self.kernel_size = kernel_size
@@ -185,8 +184,7 @@ class CoTAttention(nn.Module):
     def __init__(self, dim: int = 512, kernel_size: int = 3, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if dim < 1 or dim % 4 != 0:
-            raise ValueError(f'CoTAttention: dim is {dim}, expected a multiple of 4')
+        _check_dim('CoTAttention', dim, 4)
         _check_kernel('CoTAttention', kernel_size)
         self.dim = dim
         self.kernel_size = kernel_size
@@ -226,8 +224,13 @@ class CoTAttention(nn.Module):
         return self
 
 
+def _check_dim(name: str, dim: int, multiple: int) -> None:
+    if not isinstance(dim, int) or dim < 1 or dim % multiple != 0:
+        raise ValueError(f'{name}: dim is {dim!r}, expected a multiple of {multiple}')
+
+
 def _check_kernel(name: str, kernel_size: int, dilation: int = 1) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f'{name}: kernel_size is {kernel_size}, expected a positive odd integer')
-    if dilation < 1:
-        raise ValueError(f'{name}: dilation is {dilation}, expected a positive integer')
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'{name}: kernel_size is {kernel_size!r}, expected a positive odd integer')
+    if not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f'{name}: dilation is {dilation!r}, expected a positive integer')
