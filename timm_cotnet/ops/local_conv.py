@@ -13,7 +13,8 @@ def local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dila
     """Convolve every pixel with a k x k filter of its own, zero-padded so that the size stays.
 
     Channel c uses filter group c mod G:
-    `out[b, c, h, w] = sum over (i, j) of weight[b, c % G, i * k + j, h, w] * x_padded[b, c, h + i * dilation, w + j * dilation]`
+    `out[b, c, h, w] =
+    sum over (i, j) of weight[b, c % G, i * k + j, h, w] * x_padded[b, c, h + i * dilation, w + j * dilation]`
 
     The dynamic context of CoT (arXiv:2107.12292, section 3.2); the official module is `LocalConvolution` in
     `cupy_layers/aggregation_zeropad.py`.
@@ -29,7 +30,7 @@ def local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dila
         (B, C, H, W), in the dtype and memory format of x.
 
     Raises:
-        ValueError: If a shape, the dtype or the device does not fit, naming the argument and what was expected.
+        ValueError: If a type, shape, layout, dtype or device does not fit, naming the argument and what was expected.
     """
     if torch.jit.is_scripting():
         return local_conv_reference(x, weight, kernel_size, dilation)
@@ -81,7 +82,7 @@ def _local_conv_eager(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, d
 def choose(x: torch.Tensor, weight: torch.Tensor, kernel_size: int):
     """The implementation for these, and why."""
     if is_traced(x) or is_traced(weight):
-        return local_conv_reference  # compilers and tracers fuse plain ATen, and need nothing of this package afterwards
+        return local_conv_reference  # compilers and tracers fuse plain ATen, and need nothing of this package later
     if x.device.type == 'cpu':
         if why_not_local_conv(x, weight, kernel_size) is None:
             return LocalConvNative.apply  # one pass over memory in each direction
@@ -92,7 +93,7 @@ def choose(x: torch.Tensor, weight: torch.Tensor, kernel_size: int):
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether something watches the operators that run: torch.compile, export, jit.trace, make_fx, functorch, a dispatch mode."""
+    """Whether something watches the operators: torch.compile, export, jit.trace, make_fx, functorch, a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -107,6 +108,14 @@ def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: in
         raise ValueError(f'local_conv: kernel_size is {kernel_size!r}, expected a positive odd integer')
     if not isinstance(dilation, int) or dilation < 1:
         raise ValueError(f'local_conv: dilation is {dilation!r}, expected a positive integer')
+    for name, tensor in (('x', x), ('weight', weight)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f'local_conv: {name} is a {type(tensor).__name__}, expected a tensor')
+        if tensor.layout != torch.strided:
+            raise ValueError(f'local_conv: {name} has layout {tensor.layout}, expected a dense tensor (to_dense())')
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f'local_conv: {name} has dtype {tensor.dtype}, expected one of {", ".join(map(str, _DTYPES))}')
     if x.ndim != 4:
         raise ValueError(f'local_conv: x has shape {tuple(x.shape)}, expected 4 dimensions (B, C, H, W)')
     if weight.ndim != 5:
@@ -121,7 +130,5 @@ def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: in
         raise ValueError(
             f'local_conv: weight has shape {tuple(weight.shape)}, expected {tuple(expected)} for x of shape '
             f'{tuple(x.shape)} and kernel_size {kernel_size}')
-    if x.dtype not in _DTYPES:
-        raise ValueError(f'local_conv: x has dtype {x.dtype}, expected one of {", ".join(map(str, _DTYPES))}')
     if weight.device != x.device:
         raise ValueError(f'local_conv: weight is on {weight.device}, expected it on {x.device} like x')
