@@ -163,6 +163,20 @@ def test_demo_refuses(options, message, tmp_path):
         main([*options, '--device', 'cpu', '--output', str(tmp_path)])
 
 
+@pytest.mark.parametrize('device', ['cuda:99', 'no_such_device'])
+def test_demo_refuses_a_device_that_is_not_there(device, tmp_path):
+    with pytest.raises(SystemExit, match=f'--device is {device}, which cannot be used: '):
+        main(['--device', device, '--output', str(tmp_path)])
+
+
+def test_demo_refuses_a_file_as_output(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('mine')
+    with pytest.raises(SystemExit, match='--output is .*file, where nothing can be written: '):
+        main(['--device', 'cpu', '--output', str(path)])
+    assert path.read_text() == 'mine'
+
+
 def test_demo_refuses_less_than_one_epoch(capsys):
     with pytest.raises(SystemExit) as error:
         main(['--epochs', '0'])

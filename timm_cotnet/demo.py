@@ -45,9 +45,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             sys.exit(f'{name} is not installed; get it by: pip install "timm-cotnet[demo]"')
     start = time.time()
     random_seed(args.seed)
-    device = torch.device(args.device)
-    digits = write_digits(args.output / 'digits')
-
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        sys.exit(f'--device is {args.device}, which cannot be used: {error}')
+    try:
+        digits = write_digits(args.output / 'digits')
+    except OSError as error:
+        sys.exit(f'--output is {args.output}, where nothing can be written: {error}')
     try:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, num_classes=NUM_CLASSES,
