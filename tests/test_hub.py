@@ -608,8 +608,11 @@ def test_many_processes(server, start, repo, tmp_path):
 
 
 class Evil:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, ('/tmp/timm_cotnet_was_here',)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_pickle_never_instead(server, client, repo, tmp_path):
@@ -640,9 +643,9 @@ def test_only_a_pickle(server, client, start, config, tmp_path):
     assert answer['weights'] == RIGHT and 'state_dict' not in answer['cfg']
     offline = start(env=dict(HF_HUB_OFFLINE='1'))
     assert offline.create('hf-hub:me/pickle', cache_dir=tmp_path)['weights'] == RIGHT
-    server.commit('me/evil', {'config.json': config, 'pytorch_model.bin': pickled({'state_dict': Evil()})})
+    server.commit('me/evil', {'config.json': config, 'pytorch_model.bin': pickled({'state_dict': Evil(tmp_path / 'evil')})})
     check_error(client.create('hf-hub:me/evil', cache_dir=tmp_path), 'me/evil')
-    assert not os.path.exists('/tmp/timm_cotnet_was_here')
+    assert not (tmp_path / 'evil').exists()
 
 
 # Does it fit
