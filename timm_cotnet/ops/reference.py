@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 
-def local_conv_reference(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dilation: int = 1) -> torch.Tensor:
+def local_conv_reference(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        kernel_size: int = 3,
+        dilation: int = 1,
+) -> torch.Tensor:
     """See `timm_cotnet.local_conv`; no checks. Half types are accumulated in float32."""
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
         return sum_of_taps(x.float(), weight.float(), kernel_size, dilation).to(x.dtype)
@@ -15,15 +20,22 @@ def local_conv_reference(x: torch.Tensor, weight: torch.Tensor, kernel_size: int
 
 
 def sum_of_taps(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    """The same in the dtype of its operands, without a branch, so that `torch.fx` can trace it."""
+    """The same in the dtype of its operands, without a branch on symbols, so that `torch.fx` can trace it."""
     B, C, H, W = x.shape
     G = weight.shape[1]
-    pad = dilation * (kernel_size // 2)
-    # channel c = m * G + g uses filter g: (B, C, H, W) -> (B, C // G, G, H + 2 * pad, W + 2 * pad)
-    x = F.pad(x, [pad, pad, pad, pad]).reshape(B, C // G, G, H + 2 * pad, W + 2 * pad)
+    rows = cols = center = kernel_size // 2  # taps on each side of the middle one
+    if isinstance(H, int) and isinstance(W, int) and not torch.compiler.is_compiling():
+        rows = min(rows, max(H - 1, 0) // dilation)  # those further away never meet the image
+        cols = min(cols, max(W - 1, 0) // dilation)
+    top, left = rows * dilation, cols * dilation
+    # channel c = m * G + g uses filter g: (B, C, H, W) -> (B, C // G, G, H + 2 * top, W + 2 * left)
+    x = F.pad(x, [left, left, top, top]).reshape(B, C // G, G, H + 2 * top, W + 2 * left)
     weight = weight.unsqueeze(1)  # (B, 1, G, k * k, H, W)
-    out = x[:, :, :, :H, :W] * weight[:, :, :, 0]
-    for tap in range(1, kernel_size * kernel_size):
-        i, j = tap // kernel_size * dilation, tap % kernel_size * dilation
-        out = out + x[:, :, :, i:i + H, j:j + W] * weight[:, :, :, tap]
+    out = x[:, :, :, top:top + H, left:left + W] * weight[:, :, :, center * kernel_size + center]
+    for row in range(-rows, rows + 1):
+        for col in range(-cols, cols + 1):
+            if row != 0 or col != 0:
+                i, j = top + row * dilation, left + col * dilation
+                tap = (center + row) * kernel_size + center + col
+                out = out + x[:, :, :, i:i + H, j:j + W] * weight[:, :, :, tap]
     return out.reshape(B, C, H, W)
