@@ -332,3 +332,23 @@ def test_processes_may_compile_at_once(tmp_path):
     assert [process.communicate()[0].strip() for process in processes] == ['None'] * 3
     library, = (tmp_path / 'timm_cotnet').iterdir()  # one file, and no temporary folder left
     assert ctypes.CDLL(str(library)).local_conv
+
+
+@pytest.mark.parametrize('name', ['x', 'weight'])
+@pytest.mark.parametrize('change, message', [
+    (lambda tensor: None, 'is a NoneType, expected a tensor'),
+    (lambda tensor: tensor.to_sparse(), 'has layout torch.sparse_coo, expected a dense tensor'),
+    (lambda tensor: tensor.to_mkldnn(), 'has layout torch._mkldnn, expected a dense tensor'),
+    (lambda tensor: tensor.long(), 'has dtype torch.int64, expected one of'),
+])
+def test_only_dense_floating_tensors(name, change, message):
+    tensors = dict(zip(('x', 'weight'), inputs()))
+    tensors[name] = change(tensors[name])
+    with torch.autocast('cpu', torch.bfloat16), pytest.raises(ValueError, match=f'{name} {message}'):
+        local_conv(**tensors)
+
+
+def test_reference_makes_no_padding_beyond_the_image():
+    x, weight, _ = inputs()
+    expected = local_conv_reference(x, weight[:, :, 4:5], 1)  # the middle tap
+    torch.testing.assert_close(local_conv_reference(x, weight, 3, 10 ** 9), expected)
