@@ -44,7 +44,8 @@ def test_tags_and_alias():
     assert set(timm.list_models(module='cotnet', include_tags=True)) == expected
     for name in expected:
         cfg = get_pretrained_cfg(name)
-        assert cfg.license == 'apache-2.0' and cfg.paper_ids == 'arXiv:2107.12292' and cfg.origin_url.startswith('https')
+        assert cfg.license == 'apache-2.0' and cfg.paper_ids == 'arXiv:2107.12292'
+        assert cfg.origin_url.startswith('https')
     with pytest.warns(UserWarning, match='se_cotnetd_152.jd_in1k_320'), torch.device('meta'):
         model = timm.create_model('se_cotnetd_152_L')
     assert model.pretrained_cfg['tag'] == 'jd_in1k_320'
@@ -101,7 +102,8 @@ def test_arguments_of_resnet(name):
     x = torch.randn(2, 1, 96, 96)
     model = tiny(name, in_chans=1, num_classes=7, drop_rate=0.1, drop_path_rate=0.2, drop_block_rate=0.1).train()
     assert model(x).shape == (2, 7)
-    rates = [block.drop_path.drop_prob for block in nn.ModuleList(model.children()).modules() if getattr(block, 'drop_path', None)]
+    blocks = [module for module in nn.ModuleList(model.children()).modules() if getattr(module, 'drop_path', None)]
+    rates = [block.drop_path.drop_prob for block in blocks]
     assert rates == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
     assert sum(type(m).__name__ == 'DropBlock2d' for m in model.modules()) >= 3
     for global_pool, width in (('avg', 2048), ('max', 2048), ('catavgmax', 4096)):

@@ -643,7 +643,8 @@ def test_only_a_pickle(server, client, start, config, tmp_path):
     assert answer['weights'] == RIGHT and 'state_dict' not in answer['cfg']
     offline = start(env=dict(HF_HUB_OFFLINE='1'))
     assert offline.create('hf-hub:me/pickle', cache_dir=tmp_path)['weights'] == RIGHT
-    server.commit('me/evil', {'config.json': config, 'pytorch_model.bin': pickled({'state_dict': Evil(tmp_path / 'evil')})})
+    evil = pickled({'state_dict': Evil(tmp_path / 'evil')})
+    server.commit('me/evil', {'config.json': config, 'pytorch_model.bin': evil})
     check_error(client.create('hf-hub:me/evil', cache_dir=tmp_path), 'me/evil')
     assert not (tmp_path / 'evil').exists()
 

@@ -41,7 +41,8 @@ def test_golden(tag, memory_format):
 
 def test_article_module_has_the_keys_of_the_article():
     state_dict = CoTAttention(64, 3).state_dict()
-    assert [f'{key}: {list(value.shape)}' for key, value in state_dict.items()] == load('layers')['seed_state_dict_dim64_k3']
+    keys = [f'{key}: {list(value.shape)}' for key, value in state_dict.items()]
+    assert keys == load('layers')['seed_state_dict_dim64_k3']
 
 
 @pytest.mark.parametrize('tag', LAYERS)

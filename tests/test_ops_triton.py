@@ -1,7 +1,7 @@
 """Triton kernels against the reference: on the GPU where there is one, and everywhere in Triton's interpreter.
 
-The interpreter has to be chosen before Triton is first imported, so `test_kernels_in_the_interpreter` runs this file again
-in a process of its own; the tests marked `kernels` run there and on a GPU.
+The interpreter has to be chosen before Triton is first imported, so `test_kernels_in_the_interpreter` runs this file
+again in a process of its own; the tests marked `kernels` run there and on a GPU.
 """
 import os
 import re
@@ -70,7 +70,8 @@ def assert_like_reference(x, weight, *args):
     grad = torch.empty_like(x).copy_(grad)  # the memory format of x
     got = value_and_grads(local_conv_triton, x, weight, grad, *args)
     exact = [t.detach().cpu().double() for t in (x, weight, grad)]
-    expected = value_and_grads(local_conv_reference, exact[0].requires_grad_(), exact[1].requires_grad_(), exact[2], *args)
+    expected = value_and_grads(
+        local_conv_reference, exact[0].requires_grad_(), exact[1].requires_grad_(), exact[2], *args)
     for name, a, b in zip(('out', 'grad_x', 'grad_weight'), got, expected):
         assert a.dtype == x.dtype and a.shape == b.shape, name
         error = (a.cpu().double() - b).abs().max() / b.abs().max()
@@ -138,7 +139,8 @@ def test_configs(config, memory_format, monkeypatch):
 @kernels
 def test_golden():
     golden = load('layers')
-    for tag, groups, kernel_size, dilation in (('c16_g2_k3', 2, 3, 1), ('c16_g2_k3_dil2', 2, 3, 2), ('c24_g3_k5', 3, 5, 1)):
+    cases = (('c16_g2_k3', 2, 3, 1), ('c16_g2_k3_dil2', 2, 3, 2), ('c24_g3_k5', 3, 5, 1))
+    for tag, groups, kernel_size, dilation in cases:
         expected = [golden[f'op_{tag}_{name}'] for name in ('out', 'grad_x', 'grad_w')]
         B, C, H, W = expected[0].shape
         x = golden_input((B, C, H, W), f'op{tag}x').to(DEVICE).requires_grad_()
@@ -158,7 +160,7 @@ def test_strides():
     expanded = torch.randn(2, 1, 9, 1, 10, dtype=torch.float64, device=DEVICE).expand(2, 2, 9, 6, 10).detach()
     assert expanded.stride(1) == expanded.stride(3) == 0
     assert_like_reference(x, expanded.requires_grad_(), 3, 1)
-    one_more = torch.randn(2, 3, 9, 6, 11, dtype=torch.float64, device=DEVICE)[:, 1:, :, :, 1:].detach().requires_grad_()
+    one_more = torch.randn(2, 3, 9, 6, 11, dtype=torch.float64, device=DEVICE)[:, 1:, :, :, 1:].requires_grad_()
     assert_like_reference(x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(), one_more, 3, 1)
 
     for grad in (
@@ -227,7 +229,7 @@ def test_deterministic():
 def test_autocast(dtype):
     x, weight = inputs(1, 4, 2, 3, 4, 3, torch.float32)
     with torch.autocast(DEVICE, dtype=dtype):
-        out = local_conv_triton(x, weight.to(dtype), 3, 1)  # as convolutions leave them: x of one dtype, filters of another
+        out = local_conv_triton(x, weight.to(dtype), 3, 1)  # as convolutions leave them: in different dtypes
         double = local_conv_triton(x.double(), weight.double(), 3, 1)
     assert out.dtype == dtype and double.dtype == torch.float64
     expected = local_conv_triton(x.to(dtype), weight.to(dtype), 3, 1)

@@ -1,8 +1,8 @@
 """timm's own model tests, run on every model of the plugin.
 
-The source distribution of the installed timm is fetched from the package index, and its `tests/test_models.py` run on our
-models, with our module added to its list of modules that have `forward_intermediates`. Left out: what downloads from the
-Hub (`test_model_inference` and the tests of pretrained weights).
+The source distribution of the installed timm is fetched from the package index, and its `tests/test_models.py` run on
+our models, with our module added to its list of modules that have `forward_intermediates`. Left out: what downloads
+from the Hub (`test_model_inference` and the tests of pretrained weights).
 """
 import os
 import re

@@ -1,4 +1,4 @@
-"""Contextual Transformer networks (CoTNet, arXiv:2107.12292) for timm. Importing this registers the models with timm."""
+"""Contextual Transformer networks (CoTNet, arXiv:2107.12292) for timm. Importing this registers them with timm."""
 import timm  # noqa: F401  first: waits for a thread that is importing timm
 
 from .cotnet import CotBottleneck, CotNet, SeCotNetD, SplitAttnBottleneck
@@ -7,5 +7,6 @@ from .ops import local_conv
 
 __version__ = '0.1.0'
 __all__ = [
-    'CoTAttention', 'CotBottleneck', 'CotLayer', 'CotNet', 'CoxtLayer', 'SeCotNetD', 'SplitAttnBottleneck', 'local_conv',
+    'CoTAttention', 'CotBottleneck', 'CotLayer', 'CotNet', 'CoxtLayer', 'SeCotNetD', 'SplitAttnBottleneck',
+    'local_conv',
 ]

@@ -163,7 +163,8 @@ def _card(name: str, model: torch.nn.Module) -> str:
 {_description(variant)}.
 Trained on ImageNet-1k by the authors ([official code]({CODE_URL})). The plugin `timm-cotnet` brings it to
 [timm](https://github.com/huggingface/pytorch-image-models); it runs on any device and needs no compiled extension.
-Until the plugin is on PyPI, `pip install .` in a clone of its repository takes the place of `pip install timm-cotnet` below.
+Until the plugin is on PyPI, `pip install .` in a clone of its repository takes the place of \
+`pip install timm-cotnet` below.
 
 ![Top-1 accuracy and number of parameters of this model, the other CoTNets and comparable timm models](figure.svg)
 

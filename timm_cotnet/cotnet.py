@@ -4,8 +4,8 @@ Paper: `Contextual Transformer Networks for Visual Recognition` - https://arxiv.
 Official code and weights: https://github.com/JDAI-CV/CoTNet, `models/cotnet.py` and `models/cotnet_hybrid.py`
 
 CoTNet and CoTNeXt are ResNet and ResNeXt with a CoT layer in place of each 3x3 convolution. SE-CoTNetD has a deep stem
-without a max-pool, strides in its first stage instead, and mixes split-attention with CoT blocks. State dicts agree with
-the official ones key for key. Different from there: `output_stride` dilates the CoT layers too, so that receptive
+without a max-pool, strides in its first stage instead, and mixes split-attention with CoT blocks. State dicts agree
+with the official ones key for key. Different from there: `output_stride` dilates the CoT layers too, so that receptive
 fields stay.
 """
 import math
@@ -184,7 +184,7 @@ class CotNet(CheckedLoading, ResNet):
 
 
 class SeCotNetD(CheckedLoading, ResNet):
-    """SE-CoTNetD: split-attention blocks in the first two stages, in turn with CoT blocks in the third, CoT in the last.
+    """SE-CoTNetD: split-attention blocks in the first two stages, in turn with CoT blocks in the third, CoT last.
 
     The stem is three 3x3 convolutions without a max-pool; the first stage has a stride of two instead. Official
     `CoTHybridNet`. Only the constructor differs from timm's ResNet.
@@ -255,11 +255,13 @@ class SeCotNetD(CheckedLoading, ResNet):
         net_stride = 2
         dilation = prev_dilation = 1
         num_blocks, block_idx = sum(layers), 0
-        for stage, (planes, depth, drop_block) in enumerate(zip((64, 128, 256, 512), layers, drop_blocks(drop_block_rate))):
+        stages = zip((64, 128, 256, 512), layers, drop_blocks(drop_block_rate))
+        for stage, (planes, depth, drop_block) in enumerate(stages):
             stride = 2 if net_stride < output_stride else 1
             net_stride *= stride
             dilation *= 2 // stride
             outplanes = planes * CotBottleneck.expansion
+            downsample = _downsample_avg(inplanes, outplanes, stride, dilation, norm_layer, dd)
             blocks = []
             for i in range(depth):
                 block_fn = CotBottleneck if stage == 3 or stage == 2 and i % 2 == 0 else SplitAttnBottleneck
@@ -268,7 +270,7 @@ class SeCotNetD(CheckedLoading, ResNet):
                     inplanes,
                     planes,
                     stride=stride if i == 0 else 1,
-                    downsample=_downsample_avg(inplanes, outplanes, stride, dilation, norm_layer, dd) if i == 0 else None,
+                    downsample=downsample if i == 0 else None,
                     dilation=dilation,
                     first_dilation=prev_dilation,
                     drop_block=drop_block,

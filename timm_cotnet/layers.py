@@ -1,9 +1,9 @@
 """Contextual Transformer (CoT) layers: modules that take the place of a 3x3 convolution.
 
 Paper: `Contextual Transformer Networks for Visual Recognition` - https://arxiv.org/abs/2107.12292, section 3.2
-Official modules: `CotLayer`, `CoXtLayer` in https://github.com/JDAI-CV/CoTNet (`models/cotnet.py`). The state dicts agree
-key for key. The arithmetic is rearranged where that gives equal results from less work: no concatenation of keys and
-query, and the two-way softmax over dynamic and static context is a sigmoid of the difference.
+Official modules: `CotLayer`, `CoXtLayer` in https://github.com/JDAI-CV/CoTNet (`models/cotnet.py`). The state dicts
+agree key for key. The arithmetic is rearranged where that gives equal results from less work: no concatenation of keys
+and query, and the two-way softmax over dynamic and static context is a sigmoid of the difference.
 """
 from typing import Any, Callable, Dict
 

@@ -93,7 +93,7 @@ def choose(x: torch.Tensor, weight: torch.Tensor, kernel_size: int):
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether something watches the operators: torch.compile, export, jit.trace, make_fx, functorch, a dispatch mode."""
+    """Whether operators are watched: torch.compile, export, jit.trace, make_fx, functorch, a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -1,9 +1,9 @@
-"""Local convolution on CUDA and ROCm devices, eagerly: `torch.library` operators around the kernels of `triton_kernels.py`.
+"""Local convolution on CUDA and ROCm, eagerly: `torch.library` operators around the kernels of `triton_kernels.py`.
 
-The operator is linear in x, in the filters and, contracted with an output gradient, in that: it is one trilinear form. Its
-three partial derivatives are the three operators here, so the derivative of each is made of the other two, to any order.
-They are `custom_op`s rather than `triton_op`s: what is compiled gets plain ATen, so nothing has to look inside, and a
-`custom_op` also runs in Triton's interpreter.
+The operator is linear in x, in the filters and, contracted with an output gradient, in that: it is one trilinear form.
+Its three partial derivatives are the three operators here, so the derivative of each is made of the other two, to any
+order. They are `custom_op`s rather than `triton_op`s: what is compiled gets plain ATen, so nothing has to look inside,
+and a `custom_op` also runs in Triton's interpreter.
 """
 import functools
 import math
@@ -159,8 +159,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, grad: Option
     _, G, taps, _, _ = weight.shape
     if weight.shape != (B, G, kernel_size * kernel_size, H, W) or C % G != 0:
         raise ValueError(
-            f'local_conv: weight has shape {tuple(weight.shape)}, expected (B, G, {kernel_size * kernel_size}, H, W) with '
-            f'B, H, W of x and G a divisor of its channels; x has shape {tuple(x.shape)}')
+            f'local_conv: weight has shape {tuple(weight.shape)}, expected (B, G, {kernel_size * kernel_size}, H, W) '
+            f'with B, H, W of x and G a divisor of its channels; x has shape {tuple(x.shape)}')
     for name, tensor in (('weight', weight), ('grad', x if grad is None else grad)):
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise ValueError(
@@ -234,7 +234,7 @@ def _launch(
 
 
 def _strides(tensor: torch.Tensor) -> Tuple[Tuple[int, ...], int]:
-    """Strides for a kernel and their common factor, up to 16, by which all but the one of axis 1 (channels) are divided.
+    """Strides for a kernel and their common factor, up to 16, by which all but that of axis 1 (channels) are divided.
 
     The kernel multiplies them again: so the compiler learns how far its loads are aligned, and makes them as wide.
     """

@@ -1,9 +1,10 @@
 """Triton kernels of local convolution for CUDA and ROCm; `triton.py` launches them. The only file that imports Triton.
 
-A program owns a tile of BLOCK_H x BLOCK_W pixels by BLOCK_M x BLOCK_G channels. Channel c = m * G + g uses filter g, so a
-filter value is loaded once for the BLOCK_M channels that share it. Every output element is written by one program, which
-adds up in a fixed order: no atomics. Strides are general. Those of all axes but the channels come divided by their common
-factor (ALIGN): the product tells the compiler how far addresses are aligned, and so how wide its loads may be.
+A program owns a tile of BLOCK_H x BLOCK_W pixels by BLOCK_M x BLOCK_G channels. Channel c = m * G + g uses filter g, so
+a filter value is loaded once for the BLOCK_M channels that share it. Every output element is written by one program,
+which adds up in a fixed order: no atomics. Strides are general. Those of all axes but the channels come divided by
+their common factor (ALIGN): the product tells the compiler how far addresses are aligned, and so how wide its loads may
+be.
 """
 import os
 
@@ -64,9 +65,9 @@ def _place(
     """This program's image (in 64 bits, it may be far away) and the rows, columns, m and g of its tile on three axes.
 
     The axes are (m, pixel, g) for M_AXIS = 0, which gives a thread all channels of its filter, and (pixel, m, g) for
-    M_AXIS = 1, which gives them to neighbouring threads. With SKEW, threads of M_AXIS = 0 take their channels in different
-    orders: where the g of one m fill only a part of a 128-byte line, the others would all ask for that part of their lines,
-    one after the other. Offsets inside an image are in 64 bits if WIDE.
+    M_AXIS = 1, which gives them to neighbouring threads. With SKEW, threads of M_AXIS = 0 take their channels in
+    different orders: where the g of one m fill only a part of a 128-byte line, the others would all ask for that part
+    of their lines, one after the other. Offsets inside an image are in 64 bits if WIDE.
     """
     tiles_w = tl.cdiv(W, BLOCK_W)
     tiles_h = tl.cdiv(H, BLOCK_H)
