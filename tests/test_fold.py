@@ -198,7 +198,8 @@ def test_replaced_first_convolution():
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'), dict(act_layer='silu'), dict(norm_layer='groupnorm1'),
+    dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'), dict(act_layer='silu'),
+    dict(norm_layer='groupnorm1'),
     dict(block_args=dict(attn_layer='se'))])
 def test_blocks_that_cannot_be_fused_whole(kwargs):
     model = timm.create_model('test_cotnet', **kwargs).double().eval()

@@ -56,9 +56,10 @@ def fold_pair(parent: nn.Module, conv_name: str, norm_name: str) -> None:
 class StemFold:
     """Folds a stem for timm's `reparameterize_model`, which visits a network's children in turn and calls their `fuse`.
 
-    The stem's norm stands beside its convolution in the network, not in one module with it. So each gets a method of this
-    object as its `fuse`, and the norm folds only if the convolution has been visited before: had it been replaced in the
-    network since, the norm would belong to another one.
+    The stem's norm stands beside its convolution in the network, not in one module with it. So each gets a method of
+    this object as its `fuse`, and the norm folds only if the convolution has been visited before: had it been replaced
+    in the network since, the norm would belong to another one. A norm that was itself replaced (by a SyncBatchNorm,
+    say) stays.
     """
 
     def __init__(self, stem: nn.Module, norm: nn.Module):
@@ -82,7 +83,7 @@ class StemFold:
 
 
 def make_stem_foldable(stem: nn.Module, norm: nn.Module) -> None:
-    """Let timm's `reparameterize_model` fold a stem (a convolution or a sequence ending in one) and the norm after it."""
+    """Let timm's `reparameterize_model` fold a stem (a convolution or a sequence ending in one) and its norm."""
     fold = StemFold(stem, norm)
     stem.fuse = fold.fuse_stem
     norm.fuse = fold.fuse_norm

@@ -9,8 +9,10 @@ import torch
 
 from .reference import local_conv_reference
 
+Window = Tuple[slice, slice]
 
-def taps(kernel_size: int, dilation: int, H: int, W: int) -> Iterator[Tuple[int, Tuple[slice, slice], Tuple[slice, slice]]]:
+
+def taps(kernel_size: int, dilation: int, H: int, W: int) -> Iterator[Tuple[int, Window, Window]]:
     """For each tap: its index, the part of the output that it reaches and the part of the input that it reads."""
     for tap in range(kernel_size * kernel_size):
         di = (tap // kernel_size - kernel_size // 2) * dilation
