@@ -830,7 +830,7 @@ print(json.dumps(answers))
 
 def test_transformers(server, installed_venv, repo, tmp_path):
     """Without an import of the plugin; there the download of `TimmBackbone` is timm's, and so verified."""
-    pytest.importorskip('transformers', reason='optional: only this test needs it')
+    pytest.importorskip('transformers', reason='transformers, of the extra "test", is not installed')
     script = '''
 import json, sys, torch
 from transformers import AutoModelForImageClassification, TimmBackbone
