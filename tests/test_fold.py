@@ -10,7 +10,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
-from timm_cotnet.fused import FusedBottleneck, FusedConv2d, FusedCotLayer, FusedStage
+from timm_cotnet.fused import FusedBottleneck, FusedConv2d, FusedCotLayer, FusedStage, can_run_packed
 from timm_cotnet.ops import native
 
 from golden import filled, golden_input, load
@@ -139,7 +139,7 @@ def test_fused_layer_follows_replaced_parameters():
         assert (folded(x) - copy.deepcopy(folded)(x)).abs().max() < 1e-5
         for module in folded.modules():
             if isinstance(module, FusedCotLayer):
-                module.se.double()  # not what the kernels expect
+                module.se_reduce.double()  # not what the kernels expect
         with pytest.raises(RuntimeError, match='dtype|type'):
             folded(x)
 
@@ -166,6 +166,38 @@ def test_intermediate_results_are_not_overwritten():
         part(golden_input((1, 64, 8, 8), 'fold').float())
     assert len(kept) == 8 and torch.equal(*kept[-1])
     assert all(torch.equal(stage, copied) for stage, copied in zip(stages, copies))
+
+
+@pytest.mark.parametrize('name', ['test_cotnet', 'se_cotnetd_50'])
+def test_few_images_at_a_time(name, monkeypatch):
+    """The first stages take the images in parts, unless someone watches them."""
+    model = reparameterize_model(create(name)).float()
+    x = golden_input((5, 3, 64, 96), 'fold').float()
+    sizes = []
+    early = type(model)._forward_early
+    monkeypatch.setattr(
+        type(model), '_forward_early', lambda self, part: sizes.append(len(part)) or early(self, part))
+    with torch.no_grad():
+        expected = model(x)
+        assert not sizes
+        monkeypatch.setattr(type(model), 'MAX_BYTES', 2 * 16 * 64 * 96 * 4)
+        assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert sizes == [2, 2, 1]
+        monkeypatch.setattr(type(model), 'MAX_BYTES', 1)
+        assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert sizes == [2, 2, 1] + [1] * 5
+        seen = []
+        model.layer1.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+        assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert seen == [5] and len(sizes) == 8
+
+
+def test_stem_is_one_convolution():
+    for name in ('cotnet50', 'se_cotnetd_50'):
+        folded = reparameterize_model(create(name))
+        conv = folded.conv1 if name == 'cotnet50' else folded.conv1[-1]
+        assert isinstance(conv, FusedConv2d) and isinstance(conv.act, nn.ReLU)
+        assert isinstance(folded.bn1, nn.Identity) and isinstance(folded.act1, nn.Identity)
 
 
 def test_gradients_of_the_folded_model():
@@ -268,5 +300,5 @@ def test_without_onednn():
     with torch.no_grad():
         expected = folded(x)
         with torch.backends.mkldnn.flags(enabled=False):
-            assert not folded.layer1[0].conv1.can_run_packed(x)
+            assert not can_run_packed(x)
             assert (folded(x) - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -22,8 +22,8 @@ from timm.models._builder import build_model_with_cfg
 from timm.models._registry import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models.resnet import ResNet, drop_blocks
 
-from .fold import fold_pair, fold_sequential, make_stem_foldable
-from .fused import FusedBottleneck, FusedConv2d, Stage
+from .fold import fold_pair, fold_sequential
+from .fused import FewImagesAtATime, FusedBottleneck, FusedConv2d, Stage, make_stem_foldable
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs
 from .published import PUBLISHED
@@ -168,7 +168,7 @@ class SplitAttnBottleneck(CotBottleneck):
             conv2.act0 = nn.Identity()
 
 
-class CotNet(CheckedLoading, ResNet):
+class CotNet(CheckedLoading, FewImagesAtATime, ResNet):
     """CoTNet and CoTNeXt: timm's ResNet made of `CotBottleneck`s.
 
     Args:
@@ -178,12 +178,12 @@ class CotNet(CheckedLoading, ResNet):
 
     def __init__(self, layers: Tuple[int, ...], **kwargs):
         super().__init__(CotBottleneck, layers, **kwargs)
-        make_stem_foldable(self.conv1, self.bn1)
+        make_stem_foldable(self.conv1, self.bn1, self.act1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             stage.__class__ = Stage
 
 
-class SeCotNetD(CheckedLoading, ResNet):
+class SeCotNetD(CheckedLoading, FewImagesAtATime, ResNet):
     """SE-CoTNetD: split-attention blocks in the first two stages, in turn with CoT blocks in the third, CoT last.
 
     The stem is three 3x3 convolutions without a max-pool; the first stage has a stride of two instead. Official
@@ -248,7 +248,7 @@ class SeCotNetD(CheckedLoading, ResNet):
         self.bn1 = norm_layer(inplanes, **dd)
         self.act1 = act_layer(inplace=True)
         self.maxpool = nn.Identity()
-        make_stem_foldable(self.conv1, self.bn1)
+        make_stem_foldable(self.conv1, self.bn1, self.act1)
         self.feature_info = [dict(num_chs=inplanes, reduction=2, module='act1')]
 
         block_kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, aa_layer=aa_layer, **(block_args or {}), **dd)

@@ -51,39 +51,3 @@ def fold_pair(parent: nn.Module, conv_name: str, norm_name: str) -> None:
     if isinstance(conv, nn.Conv2d) and is_foldable(norm):
         setattr(parent, conv_name, fold_norm(conv, norm))
         setattr(parent, norm_name, nn.Identity())
-
-
-class StemFold:
-    """Folds a stem for timm's `reparameterize_model`, which visits a network's children in turn and calls their `fuse`.
-
-    The stem's norm stands beside its convolution in the network, not in one module with it. So each gets a method of
-    this object as its `fuse`, and the norm folds only if the convolution has been visited before: had it been replaced
-    in the network since, the norm would belong to another one. A norm that was itself replaced (by a SyncBatchNorm,
-    say) stays.
-    """
-
-    def __init__(self, stem: nn.Module, norm: nn.Module):
-        self.stem = stem
-        self.norm = norm
-        self.visited = False
-
-    def fuse_stem(self) -> nn.Module:
-        if isinstance(self.stem, nn.Sequential):
-            fold_sequential(self.stem)
-        self.visited = True
-        return self.stem
-
-    def fuse_norm(self) -> nn.Module:
-        conv = self.stem[-1] if isinstance(self.stem, nn.Sequential) else self.stem
-        if not (self.visited and isinstance(conv, nn.Conv2d) and is_foldable(self.norm)):
-            return self.norm
-        folded = fold_norm(conv, self.norm)
-        conv.weight, conv.bias = folded.weight, folded.bias
-        return nn.Identity()
-
-
-def make_stem_foldable(stem: nn.Module, norm: nn.Module) -> None:
-    """Let timm's `reparameterize_model` fold a stem (a convolution or a sequence ending in one) and its norm."""
-    fold = StemFold(stem, norm)
-    stem.fuse = fold.fuse_stem
-    norm.fuse = fold.fuse_norm

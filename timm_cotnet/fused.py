@@ -2,7 +2,7 @@
 
 Batch norms are folded, and each convolution also applies what follows it. On the CPU these modules run channels-last on
 oneDNN's convolutions with fused sums and activations, and on the kernels of `ops/native.c` for what lies between them
-(`FusedConv2d.can_run_packed` and `FusedCotLayer.can_run_native` choose). Everywhere else, and for whatever traces,
+(`can_run_packed` and `FusedCotLayer.can_run_native` choose). Everywhere else, and for whatever traces,
 scripts, compiles or differentiates them, they are plain PyTorch.
 
 Filters are packed again when they change, as told by their address and version; `p.data.mul_()` changes neither. A NaN
@@ -16,11 +16,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from .fold import conv_like, fold_norm
+from .fold import conv_like, fold_norm, fold_sequential, is_foldable
 from .ops import grouped_local_conv, is_traced, native
 
 _POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
-_PACKED = weakref.WeakKeyDictionary()  # of a FusedConv2d: what its packed filters were made for, oneDNN's arguments
+_PACKED = weakref.WeakKeyDictionary()  # of a FusedConv2d: what its packed filters were made for, they, what they are of
+
+
+def can_run_packed(x: torch.Tensor) -> bool:
+    """Whether oneDNN's fused convolutions take x here and now."""
+    return (
+        not is_traced(x)
+        and x.device.type == 'cpu'
+        and x.ndim == 4
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled('cpu')
+    )
 
 
 class FusedConv2d(nn.Conv2d):
@@ -45,65 +61,63 @@ class FusedConv2d(nn.Conv2d):
         return type(act) in _POST_OPS and type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' \
             and not isinstance(conv.padding, str)
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            addend: Optional[torch.Tensor] = None,
-            overwrite: bool = False,
-    ) -> torch.Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H', W').
-
-        Args:
-            x: Input.
-            addend: What is added before the activation, of the result's shape.
-            overwrite: Whether the result may take the memory of addend.
-        """
+    def forward(self, x: torch.Tensor, addend: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H', W'); addend, of the result's shape, comes before act."""
         if not torch.jit.is_scripting():
-            if self.can_run_packed(x):
-                return self._forward_packed(x, addend, overwrite)
+            if can_run_packed(x):
+                return self.forward_packed(x, addend)
+        return self._forward_plain(x, addend)
+
+    def _forward_plain(self, x: torch.Tensor, addend: Optional[torch.Tensor]) -> torch.Tensor:
         x = self._conv_forward(x, self.weight, self.bias)
         if addend is not None:
             x = x + addend
         return self.act(x)
 
     @torch.jit.unused
-    def can_run_packed(self, x: torch.Tensor) -> bool:
-        """Whether oneDNN's fused convolutions do the work for x."""
-        return (
-            not is_traced(x)
-            and x.device.type == 'cpu'
-            and torch.backends.mkldnn.is_available()
-            and torch._C._get_mkldnn_enabled()
-            and x.dtype == self.weight.dtype
-            and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-            and x.numel() > 0
-            and x.ndim == 4
-            and x.shape[1] == self.in_channels
-            and not torch.is_grad_enabled()
-            and forward_ad._current_level < 0
-            and not torch.is_autocast_enabled('cpu')
-            and not self.weight.is_inference()  # has no version that would tell of changes
-        )
-
-    @torch.jit.unused
-    def _forward_packed(self, x: torch.Tensor, addend: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    def forward_packed(
+            self,
+            x: torch.Tensor,
+            addend: Optional[torch.Tensor] = None,
+            overwrite: bool = False,
+    ) -> torch.Tensor:
+        """`forward` where `can_run_packed(x)`; with overwrite the result may take the memory of addend."""
         weight = self.weight
-        made_for = (x.shape, x.dtype, weight.data_ptr(), weight._version)
+        if (
+                type(weight) not in (torch.Tensor, nn.Parameter)
+                or weight.is_inference()  # has no version that would tell of changes
+                or x.dtype != weight.dtype
+                or x.shape[1] != self.in_channels
+        ):
+            return self._forward_plain(x, addend)
+        x = x.contiguous(memory_format=torch.channels_last)
+        as_linear = addend is None and self.groups == 1 and self.kernel_size == self.stride == (1, 1) \
+            and self.padding == (0, 0)  # less fixed cost for each call
+        made_for = (x.shape, as_linear, weight.data_ptr(), weight._version)
         packed = _PACKED.get(self)
         if packed is None or packed[0] != made_for:
-            geometry = (self.padding, self.stride, self.dilation, self.groups)
-            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *geometry, x.shape)
             # with the filters themselves: as long as they live, no others can have their address
-            _PACKED[self] = packed = (made_for, weight, self.weight.detach())
-        args = (packed[1], self.bias, self.padding, self.stride, self.dilation, self.groups)
+            _PACKED[self] = packed = (made_for, self._pack(x, as_linear), weight.detach())
         act = _POST_OPS[type(self.act)]
+        ops = torch.ops.mkldnn
+        if as_linear:
+            x = x.permute(0, 2, 3, 1)
+            return ops._linear_pointwise.default(x, packed[1], self.bias, act, [], '').permute(0, 3, 1, 2)
+        args = (packed[1], self.bias, self.padding, self.stride, self.dilation, self.groups)
         if addend is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *args, act, [], '')
+            return ops._convolution_pointwise.default(x, *args, act, [], '')
         addend = addend.contiguous(memory_format=torch.channels_last)
         if overwrite:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *args, 'add', 1.0, act, [], '')
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, addend, *args, 'add', 1.0, act, [], '')
+            return ops._convolution_pointwise_.binary(addend, x, *args, 'add', 1.0, act, [], '')
+        return ops._convolution_pointwise.binary(x, addend, *args, 'add', 1.0, act, [], '')
+
+    @torch.jit.unused
+    def _pack(self, x: torch.Tensor, as_linear: bool) -> torch.Tensor:
+        weight = self.weight.detach()
+        if as_linear:
+            return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape)
 
 
 class FusedCotLayer(nn.Module):
@@ -149,9 +163,9 @@ class FusedCotLayer(nn.Module):
             conv_like(value, value.weight * scale.view(-1, 1, 1, 1), value.bias * scale), nn.Identity())
         self.shift = nn.Parameter(shift.detach().clone(), requires_grad)
 
-        self.se = nn.Sequential(fold_norm(layer.se[0], layer.se[1]), nn.ReLU(inplace=True))
+        self.se_reduce = fold_norm(layer.se[0], layer.se[1])
         last = layer.se[3]
-        self.se.append(conv_like(last, last.weight[1::2] - last.weight[0::2], last.bias[1::2] - last.bias[0::2]))
+        self.se_expand = conv_like(last, last.weight[1::2] - last.weight[0::2], last.bias[1::2] - last.bias[0::2])
         self.train(layer.training)
 
     def _reorder(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,15 +175,24 @@ class FusedCotLayer(nn.Module):
         return x.unflatten(0, (-1, self.kernel_size * self.kernel_size)).transpose(0, 1).flatten(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        static = self.key_embed(x)
-        attn = self.attn(self.key(static, self.query(x), overwrite=True))
-        value = self.value(x)
         if not torch.jit.is_scripting():
-            if self.can_run_native(value):
-                return self._forward_native(value, attn, static)
-        return self._forward_plain(value, attn, static)
+            if can_run_packed(x):
+                return self.forward_packed(x)
+        static = self.key_embed(x)
+        return self._fuse_contexts(self.value(x), self.attn(self.key(static, self.query(x))), static)
 
-    def _forward_plain(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
+    @torch.jit.unused
+    def forward_packed(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` where `can_run_packed(x)`."""
+        static = self.key_embed.forward_packed(x)
+        attn = self.key.forward_packed(static, self.query.forward_packed(x), overwrite=True)
+        attn = self.attn.forward_packed(attn)
+        value = self.value.forward_packed(x)
+        if self.can_run_native(value):
+            return self._fuse_contexts_native(value, attn, static)
+        return self._fuse_contexts(value, attn, static)
+
+    def _fuse_contexts(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         B, _, H, W = attn.shape
         taps = self.kernel_size * self.kernel_size
         weight, bias = self.attn_scale, self.attn_shift
@@ -180,14 +203,14 @@ class FusedCotLayer(nn.Module):
         dynamic = grouped_local_conv(value, attn, self.kernel_size, self.dilation, self.groups)
         dynamic = F.silu(dynamic + self.shift.view(-1, 1, 1))
         gap = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
-        return torch.lerp(dynamic, static.to(dynamic.dtype), self.se(gap).sigmoid().to(dynamic.dtype))
+        attn = self.se_expand(F.relu(self.se_reduce(gap))).sigmoid()
+        return torch.lerp(dynamic, static.to(dynamic.dtype), attn.to(dynamic.dtype))
 
     @torch.jit.unused
     def can_run_native(self, value: torch.Tensor) -> bool:
-        """Whether the kernels of `native.c` do what comes behind the convolutions."""
+        """Whether the kernels of `native.c` do what comes behind the convolutions, where `can_run_packed(value)`."""
         return (
-            self.value.can_run_packed(value)
-            and native.why_not_sizes(self.kernel_size, self.num_filters, self.value.out_channels) is None
+            native.why_not_sizes(self.kernel_size, self.num_filters, self.value.out_channels) is None
             and native.why_not_native(value) is None
             and all(p.dtype == value.dtype and p.is_contiguous() for p in self._native_parameters())
         )
@@ -195,13 +218,13 @@ class FusedCotLayer(nn.Module):
     @torch.jit.unused
     def _native_parameters(self) -> List[torch.Tensor]:
         """What the kernels read through pointers."""
-        first, last = self.se[0], self.se[2]
+        first, last = self.se_reduce, self.se_expand
         return [self.attn_scale, self.attn_shift, self.shift, first.weight, first.bias, last.weight, last.bias]
 
     @torch.jit.unused
-    def _forward_native(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
+    def _fuse_contexts_native(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         gamma, beta, *others = (p.data_ptr() for p in self._native_parameters())
-        parameters = native.Parameters(gamma, beta, self.eps, *others, self.se[2].in_channels)
+        parameters = native.Parameters(gamma, beta, self.eps, *others, self.se_expand.in_channels)
         return native.fuse_contexts(
             value, attn, static, parameters, self.kernel_size, self.dilation, self.groups, self.tap_by_tap)
 
@@ -237,34 +260,83 @@ class FusedBottleneck(nn.Module):
             and (block.downsample is None or FusedConv2d.is_fusible(_layers(block.downsample)[-1], nn.Identity()))
         )
 
-    def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """overwrite: Whether the result may take the memory of x."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.avd_last(self.conv2(self.avd_first(self.conv1(x))))
+        return self.conv3(out, x if self.downsample is None else self.downsample(x))
+
+    @torch.jit.unused
+    def forward_packed(self, x: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        """`forward` where `can_run_packed(x)`; with overwrite the result may take the memory of x."""
+        out = self.avd_first(self.conv1.forward_packed(x))
+        out = self.conv2.forward_packed(out) if isinstance(self.conv2, FusedCotLayer) else self.conv2(out)
+        out = self.avd_last(out)
         if self.downsample is not None:
-            return self.conv3(out, self.downsample(x), overwrite=True)
-        return self.conv3(out, x, overwrite=overwrite)
+            x, overwrite = self.downsample(x), True
+        return self.conv3.forward_packed(out, x, overwrite)
 
 
 class FusedStage(nn.Sequential):
     """`FusedBottleneck`s in sequence; on the CPU each but the first writes its result over its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        overwrite = False  # the input of the first block belongs to others
+        if not torch.jit.is_scripting():
+            if can_run_packed(x) and not are_watched(list(self._modules.values())):
+                return self._forward_packed(x)
         for block in self:
-            x = block(x, overwrite)
-            overwrite = not self.is_watched()
+            x = block(x)
         return x
 
-    def is_watched(self) -> bool:
-        """Whether a forward hook may have kept what a block or a part of one got or returned."""
-        if torch.jit.is_scripting():
-            return True
-        return self._has_hooks()
+    @torch.jit.unused
+    def _forward_packed(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self):
+            x = block.forward_packed(x, overwrite=i > 0)  # the input of the first block belongs to others
+        return x
+
+
+def are_watched(modules: List[Optional[nn.Module]]) -> bool:
+    """Whether hooks, or other forward methods, see what modules and their parts get and return: they must be called."""
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return True
+    for module in modules:  # grows; by hand, as `modules()` would take longer than a block does
+        if module is not None:
+            if module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__:
+                return True
+            modules += module._modules.values()
+    return False
+
+
+class FewImagesAtATime:
+    """Mixin of the networks: once folded, stem and first two stages take a few images at a time on the CPU.
+
+    Their activations are by far the largest. Beyond a few megabytes memory comes fresh from the system each time, and
+    that costs more than the work in it.
+    """
+    MAX_BYTES = 6_500_000  # of one activation: two images of 224 x 224 in float32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As in timm's ResNet: (B, in_chans, H, W) -> (B, num_classes)."""
+        if not torch.jit.is_scripting():
+            if can_run_packed(x) and self._is_folded():
+                image = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels, half the sides
+                images = max(1, self.MAX_BYTES // image)
+                if images < x.shape[0]:
+                    x = torch.cat([self._forward_early(part) for part in x.split(images)])
+                    return self.forward_head(self.layer4(self.layer3(x)))
+        return self.forward_head(self.forward_features(x))
 
     @torch.jit.unused
-    def _has_hooks(self) -> bool:
-        everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-        return bool(everywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+    def _forward_early(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer2(self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x))))))
+
+    @torch.jit.unused
+    def _is_folded(self) -> bool:
+        return (
+            not self.training
+            and isinstance(self.bn1, nn.Identity)
+            and isinstance(self.layer1, FusedStage)
+            and isinstance(self.layer2, FusedStage)
+            and not are_watched([self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2])
+        )
 
 
 class Stage(nn.Sequential):
@@ -274,6 +346,62 @@ class Stage(nn.Sequential):
         blocks = [block.fuse() if hasattr(block, 'fuse') else block for block in self]
         fused = all(isinstance(block, FusedBottleneck) for block in blocks)
         return (FusedStage if fused else nn.Sequential)(*blocks)
+
+
+class StemFold:
+    """Folds a stem for timm's `reparameterize_model`, which visits a network's children in turn and calls their `fuse`.
+
+    The stem's norm and activation stand beside its convolution in the network, not in one module with it. So each gets
+    a method of this object as its `fuse`. The norm folds only if the convolution has been visited before: had it been
+    replaced in the network since, the norm would belong to another one. A norm that was itself replaced (by a
+    SyncBatchNorm, say) stays, and the activation with it.
+    """
+
+    def __init__(self, stem: nn.Module, norm: nn.Module, act: nn.Module):
+        self.stem = stem
+        self.norm = norm
+        self.act = act
+        self.conv = None  # the last convolution, once visited
+        self.folded = False
+
+    def fuse_stem(self) -> nn.Module:
+        if isinstance(self.stem, nn.Sequential):
+            fold_sequential(self.stem)
+            for i in range(len(self.stem) - 2):
+                conv, norm, act = self.stem[i:i + 3]
+                if isinstance(norm, nn.Identity) and FusedConv2d.is_fusible(conv, act):
+                    self.stem[i], self.stem[i + 2] = FusedConv2d(conv, act), nn.Identity()
+            self.stem[-1] = self.conv = self._fusible(self.stem[-1])
+            return self.stem
+        self.conv = self._fusible(self.stem)
+        return self.conv
+
+    @staticmethod
+    def _fusible(conv: nn.Module) -> nn.Module:
+        act = nn.Identity()
+        return FusedConv2d(conv, act) if FusedConv2d.is_fusible(conv, act) else conv
+
+    def fuse_norm(self) -> nn.Module:
+        if not (isinstance(self.conv, nn.Conv2d) and is_foldable(self.norm)):
+            return self.norm
+        folded = fold_norm(self.conv, self.norm)
+        self.conv.weight, self.conv.bias = folded.weight, folded.bias
+        self.folded = True
+        return nn.Identity()
+
+    def fuse_act(self) -> nn.Module:
+        if not (self.folded and isinstance(self.conv, FusedConv2d) and type(self.act) in _POST_OPS):
+            return self.act
+        self.conv.act = self.act
+        return nn.Identity()
+
+
+def make_stem_foldable(stem: nn.Module, norm: nn.Module, act: nn.Module) -> None:
+    """Let timm's `reparameterize_model` fold a stem (a convolution or a sequence ending in one), its norm and act."""
+    fold = StemFold(stem, norm, act)
+    stem.fuse = fold.fuse_stem
+    norm.fuse = fold.fuse_norm
+    act.fuse = fold.fuse_act
 
 
 def _layers(layers: nn.Sequential) -> List[nn.Module]:
