@@ -1,4 +1,4 @@
-"""Kernels in C for channels-last tensors on the CPU, compiled from `native.c` when they are first needed.
+"""Kernels in C for channels-last tensors on the CPU, compiled from the `.c` files here when they are first needed.
 
 The library lands in the user's cache (`$XDG_CACHE_HOME/timm_cotnet`), one file for each compiler, processor and version
 of the source. Where anything is missing (a compiler, a place to write), plain PyTorch does the work; `why_not_native`
@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 
 from .shifted import LocalConvShifted
 
-_SOURCE = Path(__file__).with_name('native.c')
 _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
 _FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
 _X86_FLAGS = ['-mprefer-vector-width=512']
@@ -51,31 +50,31 @@ def why_not_native(x: torch.Tensor) -> Optional[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def load(dtype: torch.dtype) -> Union[ctypes.CDLL, str]:
+def load(dtype: torch.dtype, source: str = 'native.c') -> Union[ctypes.CDLL, str]:
     """The library for one dtype, or the reason why there is none."""
     if os.environ.get('TIMM_COTNET_NATIVE') == '0':
         return 'TIMM_COTNET_NATIVE is 0'
     try:
-        return ctypes.CDLL(str(_build(_DEFINES[dtype])))
+        return ctypes.CDLL(str(_build(Path(__file__).with_name(source), _DEFINES[dtype])))
     except Exception as error:  # whatever it is, it costs speed only
         return f'the kernels cannot be compiled or loaded ({type(error).__name__}: {error})'
 
 
-def _build(defines: list) -> Path:
+def _build(source: Path, defines: list) -> Path:
     """Path of the compiled library, which is compiled first where it is not there yet."""
     compiler = shutil.which(os.environ.get('CC', 'cc'))
     if compiler is None:
         raise FileNotFoundError('no C compiler; install one or set CC')
     flags = [*_FLAGS, *(_X86_FLAGS if platform.machine() in ('x86_64', 'AMD64') else []), *defines]
     made = os.stat(compiler)
-    key = [_SOURCE.read_text(), flags, compiler, made.st_size, made.st_mtime_ns, _processor()]
+    key = [source.read_text(), flags, compiler, made.st_size, made.st_mtime_ns, _processor()]
     name = f'{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so'
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_cotnet'
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as building:  # renamed when whole, as many processes may do this
             result = subprocess.run(
-                [compiler, *flags, '-o', name, str(_SOURCE), '-lm'],
+                [compiler, *flags, '-o', name, str(source), '-lm'],
                 cwd=building, capture_output=True, text=True, timeout=120)
             if result.returncode != 0:
                 raise OSError(f'{compiler} failed: {result.stderr[-500:]}')
