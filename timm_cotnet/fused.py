@@ -17,7 +17,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .fold import conv_like, fold_norm, fold_sequential, is_foldable
-from .ops import grouped_local_conv, is_traced, native
+from .ops import grouped_local_conv, native
+from .ops.watch import are_watched, is_traced
 
 _POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
 _PACKED = weakref.WeakKeyDictionary()  # of a FusedConv2d: what its packed filters were made for, they, what they are of
@@ -291,18 +292,6 @@ class FusedStage(nn.Sequential):
         for i, block in enumerate(self):
             x = block.forward_packed(x, overwrite=i > 0)  # the input of the first block belongs to others
         return x
-
-
-def are_watched(modules: List[Optional[nn.Module]]) -> bool:
-    """Whether hooks, or other forward methods, see what modules and their parts get and return: they must be called."""
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return True
-    for module in modules:  # grows; by hand, as `modules()` would take longer than a block does
-        if module is not None:
-            if module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__:
-                return True
-            modules += module._modules.values()
-    return False
 
 
 class FewImagesAtATime:

@@ -14,6 +14,7 @@ from torch import nn
 from .fold import fold_norm, fold_sequential, is_foldable
 from .fused import FusedCotLayer
 from .ops import grouped_local_conv
+from .ops.contexts import can_train_native, train_contexts
 
 SHARE_PLANES = 8  # number of channels that share one dynamic filter
 
@@ -39,7 +40,8 @@ class QueryKeyConv2d(nn.Conv2d):
     def pair(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) twice -> (B, out_channels, H, W)."""
         weight_q, weight_k = self.query_key_weights()
-        return F.conv2d(query, weight_q, self.bias, groups=self.groups) + F.conv2d(key, weight_k, groups=self.groups)
+        out = F.conv2d(query, weight_q, self.bias, groups=self.groups)
+        return out.add_(F.conv2d(key, weight_k, groups=self.groups))
 
     def query_key_weights(self):
         """The filters' two halves, (out_channels, dim // groups, 1, 1) each."""
@@ -135,8 +137,12 @@ class CotLayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        static, value, attn = self._before_norms(x)
+        if not torch.jit.is_scripting():
+            if can_train_native(value, attn, static, self):
+                return train_contexts(value, attn, static, self)
         B, C, H, W = x.shape
-        static, dynamic = self.contexts(x)
+        dynamic = self._dynamic_context(value, attn)
         gap = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
         attn = self.se(gap).view(B, C, 2)  # (dynamic, static) logits of each channel
         attn = (attn[:, :, 1] - attn[:, :, 0]).sigmoid().view(B, C, 1, 1)
@@ -144,11 +150,19 @@ class CotLayer(nn.Module):
 
     def contexts(self, x: torch.Tensor):
         """The static and the dynamic context of x before their fusion, (B, dim, H, W) each."""
+        static, value, attn = self._before_norms(x)
+        return static, self._dynamic_context(value, attn)
+
+    def _before_norms(self, x: torch.Tensor):
+        """Static context, values and filters, the latter two before their norms."""
         static = self.key_embed(x)
-        attn = self.embed[1](self.embed[0].pair(x, static))
-        attn = self.embed[4](self.embed[3](self.embed[2](attn)))
-        dynamic = grouped_local_conv(self.conv1x1(x), attn, self.kernel_size, self.dilation, self.groups)
-        return static, self.act(self.bn(dynamic))
+        attn = self.embed[2](self.embed[1](self.embed[0].pair(x, static)))
+        return static, self.conv1x1[0](x), self.embed[3](attn)
+
+    def _dynamic_context(self, value: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
+        value, attn = self.conv1x1[1](value), self.embed[4](attn)
+        dynamic = grouped_local_conv(value, attn, self.kernel_size, self.dilation, self.groups)
+        return self.act(self.bn(dynamic))
 
     def fuse(self) -> nn.Module:
         """The same layer for evaluation, with folded batch norms (called by timm's `reparameterize_model`)."""

@@ -5,6 +5,7 @@ from .native import LocalConvNative, why_not_local_conv
 from .reference import local_conv_reference, sum_of_taps
 from .shifted import LocalConvShifted
 from .triton import local_conv_triton, why_not_triton
+from .watch import is_traced
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,17 +91,6 @@ def choose(x: torch.Tensor, weight: torch.Tensor, kernel_size: int):
     if why_not_triton(x) is None:
         return local_conv_triton  # one kernel in each direction
     return local_conv_reference
-
-
-def is_traced(x: torch.Tensor) -> bool:
-    """Whether operators are watched: torch.compile, export, jit.trace, make_fx, functorch, a dispatch mode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> None:

@@ -170,12 +170,31 @@ DEFINE_GRADIENTS(8)
 DEFINE_GRADIENTS(4)
 DEFINE_GRADIENTS(1)
 
+/* The same for all filters of the pixel. */
+static inline void add_gradients(
+        const Shape *s, const float *grad, const float *x, const float *filters, const int *tap, const long *offset,
+        int n, float *grad_x, float *grad_filters) {
+    long step = s->groups / s->slices;
+#define GRADIENTS(lanes) \
+    for (; g + lanes <= end; g += lanes) gradients##lanes(s, grad, x, filters, tap, offset, n, grad_x, grad_filters, g);
+    for (long end = step, g = 0; end <= s->groups; end += step) {
+#ifdef __AVX512F__
+        GRADIENTS(16)
+#endif
+#ifdef __AVX__
+        GRADIENTS(8)
+#endif
+        GRADIENTS(4)
+        GRADIENTS(1)
+    }
+}
+
 /* Both gradients of the local convolution; grad_x and grad_weight start as zeros. Threads share the images. */
 void local_conv_backward(
         const Shape *s, const float *grad, const float *x, const float *weight, float *grad_x, float *grad_weight,
         int threads) {
     long n = s->groups * s->kernel_size * s->kernel_size, taps = s->kernel_size * s->kernel_size;
-    long pixels = s->height * s->width, step = s->groups / s->slices;
+    long pixels = s->height * s->width;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
         float filters[n], grad_filters[n];
@@ -186,21 +205,9 @@ void local_conv_backward(
             int count = valid_taps(s, p / s->width, p % s->width, tap, offset);
             load_filters(s, weight + at * n, filters);
             memset(grad_filters, 0, sizeof(grad_filters));
-#define GRADIENTS(lanes) \
-    for (; g + lanes <= end; g += lanes) \
-        gradients##lanes( \
-            s, grad + at * s->channels, x + at * s->channels, filters, tap, offset, count, grad_x + at * s->channels, \
-            grad_filters, g);
-            for (long end = step, g = 0; end <= s->groups; end += step) {
-#ifdef __AVX512F__
-                GRADIENTS(16)
-#endif
-#ifdef __AVX__
-                GRADIENTS(8)
-#endif
-                GRADIENTS(4)
-                GRADIENTS(1)
-            }
+            add_gradients(
+                s, grad + at * s->channels, x + at * s->channels, filters, tap, offset, count,
+                grad_x + at * s->channels, grad_filters);
             for (long t = 0; t < taps; t++)
                 for (long g = 0; g < s->groups; g++)
                     grad_weight[at * n + g * s->stride_g + t * s->stride_t] = grad_filters[t * s->groups + g];
@@ -362,3 +369,269 @@ void fuse_contexts(
         for (long b = 0; b < s->batch; b++) FUSE(b);
     }
 }
+
+#ifndef BFLOAT16
+/* Training: the same part of a CoT layer forward and backward. Statistics come first, as norms of a batch need them, so
+   each of these is one pass over the images; `contexts.py` puts them together. Threads share the images.
+
+   Of a norm, scale and bias give what it puts out, x * scale + bias; x_scale and x_bias give that without its own
+   weight. Those of the filters are (B, n), the others (C). Sums and moments are (B, 2, channels). */
+typedef struct {
+    const float *scale, *bias, *x_scale, *x_bias;
+} Norm;
+
+/* Mean of each channel of each image, and its sum of squared differences to that mean. */
+static void finish_moments(const Shape *s, const double *total, const float *pivot, long n, double *moments) {
+    double pixels = s->height * s->width;
+    for (long i = 0; i < n; i++) {
+        double square = total[n + i] - total[i] * total[i] / pixels;
+        moments[i] = pivot[i] + total[i] / pixels;
+        moments[n + i] = square > 0 ? square : 0;
+    }
+}
+
+void image_moments(const Shape *s, const float *x, long n, double *moments, int threads) {
+    long pixels = s->height * s->width;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        double *total = calloc(2 * n, sizeof(double));
+        add_moments(s, x + b * pixels * n, n, 0, s->height, total);
+        finish_moments(s, total, x + b * pixels * n, n, moments + b * 2 * n);
+        free(total);
+    }
+}
+
+static void normalize(
+        const float *restrict x, long pixels, long n, const float *restrict scale, const float *restrict bias,
+        float *restrict out) {
+    for (long p = 0; p < pixels; p++)
+        for (long c = 0; c < n; c++) out[p * n + c] = x[p * n + c] * scale[c] + bias[c];
+}
+
+/* Local convolution of the normalized values with the normalized filters, and (unless NULL) its moments. */
+void contexts_local_conv(
+        const Shape *s, const float *value, const Norm *value_norm, const float *logits, const Norm *filter_norm,
+        float *out, double *moments, int threads) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
+    long pixels = s->height * s->width;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        float *normalized = malloc(pixels * channels * sizeof(float)), *image = out + b * pixels * channels;
+        normalize(
+            value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
+        float filters[n];
+        int tap[MAX_TAPS];
+        long offset[MAX_TAPS];
+        for (long p = 0; p < pixels; p++) {
+            norm_filters(
+                s, logits + (b * pixels + p) * n, filter_norm->scale + b * n, filter_norm->bias + b * n, filters);
+            int count = valid_taps(s, p / s->width, p % s->width, tap, offset);
+            local_conv_pixel(s, normalized + p * channels, filters, tap, offset, count, image + p * channels);
+        }
+        free(normalized);
+        if (moments != NULL) {
+            double *total = calloc(2 * channels, sizeof(double));
+            add_moments(s, image, channels, 0, s->height, total);
+            finish_moments(s, total, image, channels, moments + b * 2 * channels);
+            free(total);
+        }
+    }
+}
+
+/* Mean over the pixels of silu(norm(x)) + key. */
+void contexts_pool(
+        const Shape *s, const float *x, const Norm *norm, const float *key, float *pooled, int threads) {
+    long channels = s->channels, pixels = s->height * s->width;
+    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        double total[channels];
+        memset(total, 0, sizeof(total));
+        for (long h = 0; h < s->height; h++) {
+            float sum[channels];
+            memset(sum, 0, sizeof(sum));
+            for (long w = 0; w < s->width; w++) {
+                long at = (b * pixels + h * s->width + w) * channels;
+                for (long c = 0; c < channels; c++) {
+                    float z = x[at + c] * scale[c] + bias[c];
+                    sum[c] += z * sigmoid(z) + key[at + c];
+                }
+            }
+            for (long c = 0; c < channels; c++) total[c] += sum[c];
+        }
+        for (long c = 0; c < channels; c++) pooled[b * channels + c] = total[c] / pixels;
+    }
+}
+
+/* Writes lerp(silu(norm(x)), key, attn) over x; attn is (B, C). */
+void contexts_blend(const Shape *s, float *restrict x, const Norm *norm, const float *restrict key, const float *attn,
+                    int threads) {
+    long channels = s->channels, pixels = s->height * s->width;
+    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+#pragma omp parallel for num_threads(threads)
+    for (long p = 0; p < s->batch * pixels; p++) {
+        const float *restrict a = attn + p / pixels * channels;
+        for (long c = 0; c < channels; c++) {
+            float z = x[p * channels + c] * scale[c] + bias[c];
+            z *= sigmoid(z);
+            x[p * channels + c] = z + a[c] * (key[p * channels + c] - z);
+        }
+    }
+}
+
+/* Gradient of attn, (B, C). */
+void contexts_attn_backward(
+        const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm,
+        const float *restrict key, float *grad_attn, int threads) {
+    long channels = s->channels, pixels = s->height * s->width;
+    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        double total[channels];
+        memset(total, 0, sizeof(total));
+        for (long h = 0; h < s->height; h++) {
+            float sum[channels];
+            memset(sum, 0, sizeof(sum));
+            for (long w = 0; w < s->width; w++) {
+                long at = (b * pixels + h * s->width + w) * channels;
+                for (long c = 0; c < channels; c++) {
+                    float z = x[at + c] * scale[c] + bias[c];
+                    sum[c] += grad[at + c] * (key[at + c] - z * sigmoid(z));
+                }
+            }
+            for (long c = 0; c < channels; c++) total[c] += sum[c];
+        }
+        for (long c = 0; c < channels; c++) grad_attn[b * channels + c] = total[c];
+    }
+}
+
+/* Gradients of the key and of norm(x), and the sums of the latter and of its product with x without norm's weight.
+   attn and pool_grad (of each pixel) are (B, C). */
+void contexts_act_backward(
+        const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm, const float *attn,
+        const float *pool_grad, float *restrict grad_key, float *restrict grad_z, double *sums, int threads) {
+    long channels = s->channels, pixels = s->height * s->width;
+    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+    const float *restrict x_scale = norm->x_scale, *restrict x_bias = norm->x_bias;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        const float *restrict a = attn + b * channels, *restrict pool = pool_grad + b * channels;
+        double *total = sums + b * 2 * channels;
+        memset(total, 0, 2 * channels * sizeof(double));
+        for (long h = 0; h < s->height; h++) {
+            float sum[channels], product[channels];
+            memset(sum, 0, sizeof(sum));
+            memset(product, 0, sizeof(product));
+            for (long w = 0; w < s->width; w++) {
+                long at = (b * pixels + h * s->width + w) * channels;
+                for (long c = 0; c < channels; c++) {
+                    float z = x[at + c] * scale[c] + bias[c], y = sigmoid(z);
+                    float g = (grad[at + c] * (1 - a[c]) + pool[c]) * y * (1 + z * (1 - y));
+                    grad_key[at + c] = grad[at + c] * a[c] + pool[c];
+                    grad_z[at + c] = g;
+                    sum[c] += g;
+                    product[c] += g * (x[at + c] * x_scale[c] + x_bias[c]);
+                }
+            }
+            for (long c = 0; c < channels; c++) {
+                total[c] += sum[c];
+                total[channels + c] += product[c];
+            }
+        }
+    }
+}
+
+/* The gradient of a norm's input, by factors of each channel: grad * of_grad + x * of_x + rest. */
+typedef struct {
+    const float *of_grad, *of_x, *rest;
+} NormBackward;
+
+/* Sums of grad, and of its product with x without norm's weight. */
+static void add_products(
+        const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm, double *sums) {
+    long channels = s->channels;
+    const float *restrict x_scale = norm->x_scale, *restrict x_bias = norm->x_bias;
+    memset(sums, 0, 2 * channels * sizeof(double));
+    for (long h = 0; h < s->height; h++) {
+        float sum[channels], product[channels];
+        memset(sum, 0, sizeof(sum));
+        memset(product, 0, sizeof(product));
+        for (long at = h * s->width * channels; at < (h + 1) * s->width * channels; at += channels)
+            for (long c = 0; c < channels; c++) {
+                sum[c] += grad[at + c];
+                product[c] += grad[at + c] * (x[at + c] * x_scale[c] + x_bias[c]);
+            }
+        for (long c = 0; c < channels; c++) {
+            sums[c] += sum[c];
+            sums[channels + c] += product[c];
+        }
+    }
+}
+
+/* Gradients of the normalized values and filters, and their sums as above. grad_value starts as zeros. */
+void contexts_local_conv_backward(
+        const Shape *s, const float *grad_z, const float *x, const NormBackward *back, const float *value,
+        const Norm *value_norm, const float *logits, const Norm *filter_norm, float *grad_value, float *grad_logits,
+        double *value_sums, double *filter_sums, int threads) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
+    long pixels = s->height * s->width;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        float *normalized = malloc(pixels * channels * sizeof(float));
+        const float *restrict of_grad = back->of_grad, *restrict of_x = back->of_x, *restrict rest = back->rest;
+        const float *restrict x_scale = filter_norm->x_scale + b * n, *restrict x_bias = filter_norm->x_bias + b * n;
+        normalize(value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
+        float filters[n], grad_filters[n], grad[channels];
+        int tap[MAX_TAPS];
+        long offset[MAX_TAPS];
+        double *total = filter_sums + b * 2 * n;
+        memset(total, 0, 2 * n * sizeof(double));
+        for (long h = 0; h < s->height; h++) {
+            float sum[n], product[n];
+            memset(sum, 0, sizeof(sum));
+            memset(product, 0, sizeof(product));
+            for (long w = 0; w < s->width; w++) {
+                long p = h * s->width + w, at = b * pixels + p;
+                for (long c = 0; c < channels; c++)
+                    grad[c] = grad_z[at * channels + c] * of_grad[c] + x[at * channels + c] * of_x[c] + rest[c];
+                norm_filters(s, logits + at * n, filter_norm->scale + b * n, filter_norm->bias + b * n, filters);
+                int count = valid_taps(s, h, w, tap, offset);
+                memset(grad_filters, 0, sizeof(grad_filters));
+                add_gradients(
+                    s, grad, normalized + p * channels, filters, tap, offset, count, grad_value + at * channels,
+                    grad_filters);
+                float *restrict to = grad_logits + at * n;
+                for (long t = 0; t < taps; t++)
+                    for (long g = 0; g < s->groups; g++)
+                        to[g * s->stride_g + t * s->stride_t] = grad_filters[t * s->groups + g];
+                const float *restrict from = logits + at * n;
+                for (long i = 0; i < n; i++) {
+                    sum[i] += to[i];
+                    product[i] += to[i] * (from[i] * x_scale[i] + x_bias[i]);
+                }
+            }
+            for (long i = 0; i < n; i++) {
+                total[i] += sum[i];
+                total[n + i] += product[i];
+            }
+        }
+        free(normalized);
+        add_products(s, grad_value + b * pixels * channels, value + b * pixels * channels, value_norm,
+                     value_sums + b * 2 * channels);
+    }
+}
+
+/* Turns the gradient of what a norm puts out into that of its input, in place; factors are (n), or (B, n). */
+void norm_backward(
+        const Shape *s, float *restrict grad, const float *restrict x, long n, const NormBackward *back,
+        long of_each_image, int threads) {
+    long pixels = s->height * s->width;
+#pragma omp parallel for num_threads(threads)
+    for (long p = 0; p < s->batch * pixels; p++) {
+        long first = of_each_image ? p / pixels * n : 0;
+        const float *restrict of_grad = back->of_grad + first, *restrict of_x = back->of_x + first;
+        const float *restrict rest = back->rest + first;
+        for (long i = 0; i < n; i++) grad[p * n + i] = grad[p * n + i] * of_grad[i] + x[p * n + i] * of_x[i] + rest[i];
+    }
+}
+#endif
