@@ -10,12 +10,19 @@ deviation, and the unbiased variance. */
 #include <string.h>
 
 #define BLOCK 32
+#define AHEAD 1024 /* numbers between what is worked on and what is asked for */
 #define ROWS 4 /* pixels whose sums are kept in registers before they are added in memory */
 #define INLINE static inline __attribute__((always_inline)) /* constants of the calls make the loops simple */
+
+/* Asks for n numbers that lie ahead: processors alone do it too late, which can double the time. */
+INLINE void prefetch(const float *from, long n) {
+    for (long i = 0; i < n; i += 16) __builtin_prefetch(from + AHEAD + i);
+}
 
 INLINE void add_row_moments(
         int rows, const float *restrict x, long channels, const float *restrict pivot, float *restrict sum,
         float *restrict square) {
+    prefetch(x, rows * channels);
 #pragma GCC ivdep
     for (long c = 0; c < channels; c++) {
         float s = 0, q = 0;
@@ -87,12 +94,14 @@ void batch_norm_act(
     for (int i = 0; i < threads; i++) {
         long at = pixels * i / threads * channels, end = pixels * (i + 1) / threads * channels;
         for (; at < end; at += channels) {
-            if (residual)
+            prefetch(x + at, channels);
+            if (residual) {
+                prefetch(residual + at, channels);
                 for (long c = 0; c < channels; c++) {
                     float y = (x[at + c] - mean[c]) * scale[c] + shift[c] + residual[at + c];
                     out[at + c] = y < floor ? floor : y; /* a NaN stays one */
                 }
-            else
+            } else
                 for (long c = 0; c < channels; c++) {
                     float y = (x[at + c] - mean[c]) * scale[c] + shift[c];
                     out[at + c] = y < floor ? floor : y;
@@ -107,6 +116,9 @@ INLINE void add_row_gradients(
         const float *restrict out, const float *restrict mean, const float *restrict scale,
         const float *restrict shift, float floor, float *restrict grad_residual, float *restrict sum,
         float *restrict product) {
+    prefetch(grad + row * channels, rows * channels);
+    prefetch(x + row * channels, rows * channels);
+    if (out) prefetch(out + row * channels, rows * channels);
 #pragma GCC ivdep
     for (long c = 0; c < channels; c++) {
         float s = 0, p = 0;
@@ -179,6 +191,8 @@ void batch_norm_act_backward(
         for (int i = 0; i < threads; i++) {
             long at = pixels * i / threads * channels, end = pixels * (i + 1) / threads * channels;
             for (; at < end; at += channels) {
+                prefetch(x + at, channels);
+                prefetch((out ? grad_residual : grad) + at, channels);
                 if (out)
                     for (long c = 0; c < channels; c++)
                         grad_x[at + c] =
