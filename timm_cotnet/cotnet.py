@@ -19,13 +19,16 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AvgPool2dSame, BlurPool2d, DropPath, SplitAttn, create_aa, create_attn, create_classifier
 from timm.layers import get_act_layer, get_norm_layer
 from timm.models._builder import build_model_with_cfg
+from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models.resnet import ResNet, drop_blocks
 
 from .fold import fold_pair, fold_sequential
-from .fused import FewImagesAtATime, FusedBottleneck, FusedConv2d, Stage, make_stem_foldable
+from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, can_run_packed, make_stem_foldable
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
-from .layers import CotLayer, CoxtLayer, factory_kwargs
+from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
+from .ops.batch_norm import batch_norm_act
+from .ops.watch import are_watched
 from .published import PUBLISHED
 
 __all__ = ['CotBottleneck', 'SplitAttnBottleneck', 'CotNet', 'SeCotNetD']
@@ -118,6 +121,9 @@ class CotBottleneck(nn.Module):
             self.conv2 = self.conv2.fuse()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(self.drop_block, nn.Identity) and self.se is None and self.drop_path is None:
+                return self._forward_norm_act(x)
         shortcut = x
 
         x = self.conv1(x)
@@ -141,6 +147,14 @@ class CotBottleneck(nn.Module):
             shortcut = self.downsample(shortcut)
         x += shortcut
         return self.act3(x)
+
+    @torch.jit.unused
+    def _forward_norm_act(self, x: torch.Tensor) -> torch.Tensor:
+        """The same where nothing stands between norms and activations, so that they can run together."""
+        shortcut = x if self.downsample is None else run_sequential(self.downsample, x)
+        x = batch_norm_act(self.conv1(x), self.bn1, self.act1)
+        x = self.avd_last(self.conv2(self.avd_first(x)))
+        return batch_norm_act(self.conv3(x), self.bn3, self.act3, shortcut)
 
 
 class SplitAttnBottleneck(CotBottleneck):
@@ -168,7 +182,48 @@ class SplitAttnBottleneck(CotBottleneck):
             conv2.act0 = nn.Identity()
 
 
-class CotNet(CheckedLoading, FewImagesAtATime, ResNet):
+class CotResNet(CheckedLoading, ResNet):
+    """What the networks share: timm's ResNet, whose stem runs as one operation where it can.
+
+    Once folded, stem and first two stages take a few images at a time on the CPU. Their activations are by far the
+    largest. Beyond a few megabytes memory comes fresh from the system each time, and that costs more than the work.
+    """
+    MAX_BYTES = 6_500_000  # of one activation: two images of 224 x 224 in float32
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """As in timm's ResNet: (B, in_chans, H, W) -> (B, num_features, H / 32, W / 32)."""
+        if not torch.jit.is_scripting():
+            if can_run_packed(x) and self._is_folded():
+                image = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels, half the sides
+                images = max(1, self.MAX_BYTES // image)
+                if images < x.shape[0]:
+                    x = torch.cat([self._forward_early(part) for part in x.split(images)])
+                    return self.layer4(self.layer3(x))
+        if torch.jit.is_scripting():
+            x = self.act1(self.bn1(self.conv1(x)))
+        else:
+            x = batch_norm_act(run_sequential(self.conv1, x), self.bn1, self.act1)
+        x = self.maxpool(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    @torch.jit.unused
+    def _forward_early(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer2(self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x))))))
+
+    @torch.jit.unused
+    def _is_folded(self) -> bool:
+        return (
+            not self.training
+            and isinstance(self.bn1, nn.Identity)
+            and isinstance(self.layer1, FusedStage)
+            and isinstance(self.layer2, FusedStage)
+            and not are_watched([self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2])
+        )
+
+
+class CotNet(CotResNet):
     """CoTNet and CoTNeXt: timm's ResNet made of `CotBottleneck`s.
 
     Args:
@@ -183,7 +238,7 @@ class CotNet(CheckedLoading, FewImagesAtATime, ResNet):
             stage.__class__ = Stage
 
 
-class SeCotNetD(CheckedLoading, FewImagesAtATime, ResNet):
+class SeCotNetD(CotResNet):
     """SE-CoTNetD: split-attention blocks in the first two stages, in turn with CoT blocks in the third, CoT last.
 
     The stem is three 3x3 convolutions without a max-pool; the first stage has a stride of two instead. Official

@@ -294,40 +294,6 @@ class FusedStage(nn.Sequential):
         return x
 
 
-class FewImagesAtATime:
-    """Mixin of the networks: once folded, stem and first two stages take a few images at a time on the CPU.
-
-    Their activations are by far the largest. Beyond a few megabytes memory comes fresh from the system each time, and
-    that costs more than the work in it.
-    """
-    MAX_BYTES = 6_500_000  # of one activation: two images of 224 x 224 in float32
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As in timm's ResNet: (B, in_chans, H, W) -> (B, num_classes)."""
-        if not torch.jit.is_scripting():
-            if can_run_packed(x) and self._is_folded():
-                image = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels, half the sides
-                images = max(1, self.MAX_BYTES // image)
-                if images < x.shape[0]:
-                    x = torch.cat([self._forward_early(part) for part in x.split(images)])
-                    return self.forward_head(self.layer4(self.layer3(x)))
-        return self.forward_head(self.forward_features(x))
-
-    @torch.jit.unused
-    def _forward_early(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer2(self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x))))))
-
-    @torch.jit.unused
-    def _is_folded(self) -> bool:
-        return (
-            not self.training
-            and isinstance(self.bn1, nn.Identity)
-            and isinstance(self.layer1, FusedStage)
-            and isinstance(self.layer2, FusedStage)
-            and not are_watched([self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2])
-        )
-
-
 class Stage(nn.Sequential):
     """A stage of blocks, which `reparameterize_model` fuses together."""
 

@@ -14,7 +14,9 @@ from torch import nn
 from .fold import fold_norm, fold_sequential, is_foldable
 from .fused import FusedCotLayer
 from .ops import grouped_local_conv
+from .ops.batch_norm import batch_norm_act
 from .ops.contexts import can_train_native, train_contexts
+from .ops.watch import are_watched
 
 SHARE_PLANES = 8  # number of channels that share one dynamic filter
 
@@ -22,6 +24,20 @@ SHARE_PLANES = 8  # number of channels that share one dynamic filter
 def factory_kwargs(device=None, dtype=None) -> Dict[str, Any]:
     """The arguments that were given: a norm or pooling layer of an older timm takes neither."""
     return {name: value for name, value in (('device', device), ('dtype', dtype)) if value is not None}
+
+
+def run_sequential(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layers(x), in which batch norms run together with their activations where they can."""
+    if type(layers) is not nn.Sequential or are_watched([layers]):
+        return layers(x)
+    left = list(layers)
+    while left:
+        layer = left.pop(0)
+        if isinstance(layer, nn.BatchNorm2d):
+            x = batch_norm_act(x, layer, left.pop(0) if left and isinstance(left[0], nn.ReLU) else None)
+        else:
+            x = layer(x)
+    return x
 
 
 class QueryKeyConv2d(nn.Conv2d):
@@ -155,8 +171,12 @@ class CotLayer(nn.Module):
 
     def _before_norms(self, x: torch.Tensor):
         """Static context, values and filters, the latter two before their norms."""
-        static = self.key_embed(x)
-        attn = self.embed[2](self.embed[1](self.embed[0].pair(x, static)))
+        if torch.jit.is_scripting():
+            static = self.key_embed(x)
+            attn = self.embed[2](self.embed[1](self.embed[0].pair(x, static)))
+        else:
+            static = run_sequential(self.key_embed, x)
+            attn = batch_norm_act(self.embed[0].pair(x, static), self.embed[1], self.embed[2])
         return static, self.conv1x1[0](x), self.embed[3](attn)
 
     def _dynamic_context(self, value: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:

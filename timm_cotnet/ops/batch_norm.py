@@ -7,15 +7,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
-from .local_conv import is_traced
 from .native import MAX_NUMBERS, load
+from .watch import are_watched, is_traced
 
 _SOURCE = 'batch_norm.c'
 
 
-def batch_norm_act(x: Tensor, norm: nn.Module, act: nn.Module, residual: Optional[Tensor] = None) -> Tensor:
+def batch_norm_act(
+        x: Tensor,
+        norm: nn.Module,
+        act: Optional[nn.Module] = None,
+        residual: Optional[Tensor] = None,
+) -> Tensor:
     """`act(norm(x) + residual)`; in training on the CPU, where the modules and tensors allow it, as one fused function.
 
     Fused, each direction goes over memory twice, and without a residual the output is not kept for the backward.
@@ -23,7 +27,7 @@ def batch_norm_act(x: Tensor, norm: nn.Module, act: nn.Module, residual: Optiona
     Args:
         x: (B, C, H, W).
         norm: Normalization of C channels, whose running statistics are updated as it does that itself.
-        act: Activation.
+        act: Activation, None for none.
         residual: Summand, of the shape of x.
     """
     if why_not_fused(x, norm, act, residual) is None:
@@ -31,12 +35,17 @@ def batch_norm_act(x: Tensor, norm: nn.Module, act: nn.Module, residual: Optiona
     x = norm(x)
     if residual is not None:
         x += residual
-    return act(x)
+    return x if act is None else act(x)
 
 
-def why_not_fused(x: Tensor, norm: nn.Module, act: nn.Module, residual: Optional[Tensor] = None) -> Optional[str]:
+def why_not_fused(
+        x: Tensor,
+        norm: nn.Module,
+        act: Optional[nn.Module],
+        residual: Optional[Tensor] = None,
+) -> Optional[str]:
     """The reason why `BatchNormAct` cannot take these here and now; None if it can."""
-    if type(norm) is not nn.BatchNorm2d or type(act) not in (nn.Identity, nn.ReLU):
+    if type(norm) is not nn.BatchNorm2d or type(act) not in (type(None), nn.Identity, nn.ReLU):
         return f'there is no kernel for {type(norm).__name__} and {type(act).__name__}'
     if not norm.training or not torch.is_grad_enabled():
         return 'the kernels are for training'
@@ -57,7 +66,7 @@ def why_not_fused(x: Tensor, norm: nn.Module, act: nn.Module, residual: Optional
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if not _is_plain(tensor, channels) or not tensor.is_contiguous():
             return 'a parameter or running statistic is not a contiguous float32 tensor of C numbers on the CPU'
-    if _has_any_global_hook() or _is_changed(norm) or _is_changed(act):
+    if are_watched([norm, act]):
         return 'hooks want to see the modules run'
     if torch.is_autocast_enabled('cpu'):
         return 'autocast chooses the dtypes'
@@ -74,17 +83,6 @@ def _is_plain(tensor: Optional[Tensor], shape: tuple) -> bool:
         and tensor.dtype == torch.float32
         and tensor.device.type == 'cpu'
         and tensor.shape == shape
-    )
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or 'forward' in module.__dict__
     )
 
 

@@ -123,17 +123,17 @@ class FuseContexts(torch.autograd.Function):
         _call('contexts_local_conv', value, layer, value, value_norm, logits, filter_norm, x, None)
         attn_grad = _call('contexts_attn_backward', value, layer, grad, x, norm, static, torch.empty_like(attn))
         pool_grad, *se_grads = _se_gradients(pooled, parameters[6:], ctx.eps[3], attn_grad)
-        grad_static, grad_z, sums = torch.empty_like(static), torch.empty_like(value), _moments(value)
-        _call('contexts_act_backward', value, layer, grad, x, norm, attn, pool_grad / pixels, grad_static, grad_z, sums)
+        pool_grad, grad_static, sums = pool_grad / pixels, torch.empty_like(static), _moments(value)
+        _call('contexts_act_backward', value, layer, grad, x, norm, attn, pool_grad, grad_static, sums)
         grad_bias, grad_weight = sums.sum(0)
         weight = parameters[4] / (B * pixels)
         back = norm.backward(parameters[4], weight * grad_bias, weight * grad_weight)
 
-        grad_value, value_sums = torch.zeros_like(value), _moments(value)
+        grad_value, value_sums = torch.empty_like(value), _moments(value)
         grad_logits, filter_sums = torch.empty_like(logits), _moments(logits)
         _call(
-            'contexts_local_conv_backward', value, layer, grad_z, x, back, value, value_norm, logits, filter_norm,
-            grad_value, grad_logits, value_sums, filter_sums)
+            'contexts_local_conv_backward', value, layer, grad, x, norm, back, attn, pool_grad, value, value_norm,
+            logits, filter_norm, grad_value, grad_logits, value_sums, filter_sums)
         grad_bias_v, grad_weight_v = value_sums.sum(0)
         weight = parameters[0] / (B * pixels)
         back = value_norm.backward(parameters[0], weight * grad_bias_v, weight * grad_weight_v)

@@ -1,9 +1,9 @@
 /* Kernels of CoT for channels-last tensors on the CPU. `native.py` compiles this file and says what the arguments are.
 
 SCALAR is the type of all tensors, float or (-DBFLOAT16) bfloat16; sums are kept in float. Activations are (B, H * W,
-C), filters (B, H * W, G * taps) with tap t of filter g at g * stride_g + t * stride_t. Threads share the images out among
-themselves, or the rows of each image where there are more threads than images. Channels and filters come in `slices`: a
-channel uses a filter of its own slice. */
+C), filters (B, H * W, G * taps) with tap t of filter g at g * stride_g + t * stride_t. Threads share the images out
+among themselves, or the rows of each image where there are more threads than images. Channels and filters come in
+`slices`: a channel uses a filter of its own slice. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -505,13 +505,23 @@ void contexts_attn_backward(
     }
 }
 
-/* Gradients of the key and of norm(x), and the sums of the latter and of its product with x without norm's weight.
-   attn and pool_grad (of each pixel) are (B, C). */
+/* Gradients of n channels of norm(x) at one pixel, from those of lerp(silu(norm(x)), key, attn) and of the pooling. */
+static inline void act_backward(
+        const float *restrict grad, const float *restrict x, const Norm *norm, const float *restrict attn,
+        const float *restrict pool_grad, long n, float *restrict out) {
+    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+    for (long c = 0; c < n; c++) {
+        float z = x[c] * scale[c] + bias[c], y = sigmoid(z);
+        out[c] = (grad[c] * (1 - attn[c]) + pool_grad[c]) * y * (1 + z * (1 - y));
+    }
+}
+
+/* Gradient of the key, and the sums of that of norm(x) and of its product with x without norm's weight. attn and
+   pool_grad (of each pixel) are (B, C). */
 void contexts_act_backward(
         const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm, const float *attn,
-        const float *pool_grad, float *restrict grad_key, float *restrict grad_z, double *sums, int threads) {
+        const float *pool_grad, float *restrict grad_key, double *sums, int threads) {
     long channels = s->channels, pixels = s->height * s->width;
-    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
     const float *restrict x_scale = norm->x_scale, *restrict x_bias = norm->x_bias;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
@@ -519,18 +529,16 @@ void contexts_act_backward(
         double *total = sums + b * 2 * channels;
         memset(total, 0, 2 * channels * sizeof(double));
         for (long h = 0; h < s->height; h++) {
-            float sum[channels], product[channels];
+            float sum[channels], product[channels], grad_z[channels];
             memset(sum, 0, sizeof(sum));
             memset(product, 0, sizeof(product));
             for (long w = 0; w < s->width; w++) {
                 long at = (b * pixels + h * s->width + w) * channels;
+                act_backward(grad + at, x + at, norm, a, pool, channels, grad_z);
                 for (long c = 0; c < channels; c++) {
-                    float z = x[at + c] * scale[c] + bias[c], y = sigmoid(z);
-                    float g = (grad[at + c] * (1 - a[c]) + pool[c]) * y * (1 + z * (1 - y));
                     grad_key[at + c] = grad[at + c] * a[c] + pool[c];
-                    grad_z[at + c] = g;
-                    sum[c] += g;
-                    product[c] += g * (x[at + c] * x_scale[c] + x_bias[c]);
+                    sum[c] += grad_z[c];
+                    product[c] += grad_z[c] * (x[at + c] * x_scale[c] + x_bias[c]);
                 }
             }
             for (long c = 0; c < channels; c++) {
@@ -568,11 +576,12 @@ static void add_products(
     }
 }
 
-/* Gradients of the normalized values and filters, and their sums as above. grad_value starts as zeros. */
+/* Gradients of the normalized values and filters, and their sums as above. */
 void contexts_local_conv_backward(
-        const Shape *s, const float *grad_z, const float *x, const NormBackward *back, const float *value,
-        const Norm *value_norm, const float *logits, const Norm *filter_norm, float *grad_value, float *grad_logits,
-        double *value_sums, double *filter_sums, int threads) {
+        const Shape *s, const float *grad, const float *x, const Norm *norm, const NormBackward *back,
+        const float *attn, const float *pool_grad, const float *value, const Norm *value_norm, const float *logits,
+        const Norm *filter_norm, float *grad_value, float *grad_logits, double *value_sums, double *filter_sums,
+        int threads) {
     long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
     long pixels = s->height * s->width;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -581,7 +590,8 @@ void contexts_local_conv_backward(
         const float *restrict of_grad = back->of_grad, *restrict of_x = back->of_x, *restrict rest = back->rest;
         const float *restrict x_scale = filter_norm->x_scale + b * n, *restrict x_bias = filter_norm->x_bias + b * n;
         normalize(value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
-        float filters[n], grad_filters[n], grad[channels];
+        memset(grad_value + b * pixels * channels, 0, pixels * channels * sizeof(float));
+        float filters[n], grad_filters[n], grad_x[channels];
         int tap[MAX_TAPS];
         long offset[MAX_TAPS];
         double *total = filter_sums + b * 2 * n;
@@ -592,13 +602,16 @@ void contexts_local_conv_backward(
             memset(product, 0, sizeof(product));
             for (long w = 0; w < s->width; w++) {
                 long p = h * s->width + w, at = b * pixels + p;
+                act_backward(
+                    grad + at * channels, x + at * channels, norm, attn + b * channels, pool_grad + b * channels,
+                    channels, grad_x);
                 for (long c = 0; c < channels; c++)
-                    grad[c] = grad_z[at * channels + c] * of_grad[c] + x[at * channels + c] * of_x[c] + rest[c];
+                    grad_x[c] = grad_x[c] * of_grad[c] + x[at * channels + c] * of_x[c] + rest[c];
                 norm_filters(s, logits + at * n, filter_norm->scale + b * n, filter_norm->bias + b * n, filters);
                 int count = valid_taps(s, h, w, tap, offset);
                 memset(grad_filters, 0, sizeof(grad_filters));
                 add_gradients(
-                    s, grad, normalized + p * channels, filters, tap, offset, count, grad_value + at * channels,
+                    s, grad_x, normalized + p * channels, filters, tap, offset, count, grad_value + at * channels,
                     grad_filters);
                 float *restrict to = grad_logits + at * n;
                 for (long t = 0; t < taps; t++)
