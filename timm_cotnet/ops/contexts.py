@@ -5,7 +5,7 @@ one autograd function. It saves its three inputs (values and filters before thei
 the backward, where autograd would keep six tensors more.
 """
 import ctypes
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,17 @@ from .local_conv import grouped_local_conv
 from .watch import are_watched, is_traced
 
 
-class Norm(ctypes.Structure):
-    """`Norm` of native.c, with the tensors that it points to."""
-    _fields_ = [(name, ctypes.c_void_p) for name in ('scale', 'bias', 'x_scale', 'x_bias')]
+class NormParameters(ctypes.Structure):
+    """`NormParameters` of native.c."""
+    _fields_ = [
+        ('weight', ctypes.c_void_p), ('bias', ctypes.c_void_p), ('running_mean', ctypes.c_void_p),
+        ('running_var', ctypes.c_void_p), ('eps', ctypes.c_double), ('momentum', ctypes.c_double)]
 
-    def __init__(self, mean: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-        self.inverse = inverse  # 1 / std
-        shift = -mean * inverse
-        self.tensors = tuple(
-            t.float().contiguous() for t in (inverse * weight, shift * weight + bias, inverse, shift))
-        super().__init__(*(t.data_ptr() for t in self.tensors))
-
-    def backward(self, weight: torch.Tensor, mean_grad: torch.Tensor, mean_product: torch.Tensor) -> 'NormBackward':
-        """How the input's gradient follows from the output's one and the means of its products with `weight`."""
-        _, _, inverse, shift = (t.double() for t in self.tensors)
-        return NormBackward(
-            inverse * weight, -inverse * mean_product * inverse, -inverse * (mean_grad + shift * mean_product))
-
-
-class NormBackward(ctypes.Structure):
-    """`NormBackward` of native.c, with the tensors that it points to."""
-    _fields_ = [(name, ctypes.c_void_p) for name in ('of_grad', 'of_x', 'rest')]
-
-    def __init__(self, *factors: torch.Tensor):
-        self.tensors = tuple(t.float().contiguous() for t in factors)
-        super().__init__(*(t.data_ptr() for t in self.tensors))
+    def __init__(self, norm: nn.Module):
+        super().__init__(norm.weight.data_ptr(), norm.bias.data_ptr(), eps=norm.eps)
+        if isinstance(norm, nn.BatchNorm2d):
+            self.running_mean, self.running_var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
+            self.momentum = norm.momentum
 
 
 def can_train_native(value: torch.Tensor, logits: torch.Tensor, static: torch.Tensor, layer: nn.Module) -> bool:
@@ -89,69 +75,44 @@ class FuseContexts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, logits, static, layer, *parameters):
         value_bn, group_norm, bn, se_bn = layer.conv1x1[1], layer.embed[4], layer.bn, layer.se[1]
-        moments = _call('image_moments', value, layer, value, value.shape[1], _moments(value))
-        value_norm = Norm(*_batch_statistics(moments, value, value_bn), *parameters[0:2])
-        moments = _call('image_moments', value, layer, logits, logits.shape[1], _moments(logits))
-        filter_norm = Norm(*_group_statistics(moments, logits, group_norm), *parameters[2:4])
-
-        out, moments = torch.empty_like(value), _moments(value)
-        _call('contexts_local_conv', value, layer, value, value_norm, logits, filter_norm, out, moments)
-        norm = Norm(*_batch_statistics(moments, value, bn), *parameters[4:6])
-        pooled = value.new_empty(*value.shape[:2], 1, 1)
-        _call('contexts_pool', value, layer, out, norm, static, pooled)
+        ctx.layer = Settings(
+            layer.kernel_size, layer.dilation, layer.groups, group_norm.num_groups,
+            (value_bn.eps, group_norm.eps, bn.eps, se_bn.eps))
+        B, C = value.shape[:2]
+        table = value.new_empty(8 * C + 4 * B * logits.shape[1])  # `Norms` of native.c
+        out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
+        norms = [NormParameters(norm) for norm in (value_bn, group_norm, bn)]
+        _call('contexts_forward', value, ctx.layer, value, logits, static, *norms, table, out, pooled)
+        for norm in (value_bn, bn):
+            norm.num_batches_tracked.add_(1)
         attn = _static_weight(layer.se(pooled))
-        _call('contexts_blend', value, layer, out, norm, static, attn)
-
-        ctx.save_for_backward(value, logits, static, pooled, attn, *parameters)
-        ctx.norms = value_norm, filter_norm, norm
-        ctx.layer = Settings(layer.kernel_size, layer.dilation, layer.groups, group_norm.num_groups)
-        ctx.eps = value_bn.eps, group_norm.eps, bn.eps, se_bn.eps
+        _call('contexts_blend', value, ctx.layer, out, table, static, attn)
+        ctx.save_for_backward(value, logits, static, pooled, attn, table, *parameters)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        value, logits, static, pooled, attn, *parameters = ctx.saved_tensors
+        value, logits, static, pooled, attn, table, *parameters = ctx.saved_tensors
         # a second derivative is wanted, or many gradients at once: the first one as differentiable plain PyTorch
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return FuseContexts._differentiable_gradients(ctx, grad, value, logits, static, *parameters)
-        layer, (value_norm, filter_norm, norm) = ctx.layer, ctx.norms
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        B, C, H, W = value.shape
-        pixels, taps = H * W, layer.kernel_size ** 2
-
-        x = torch.empty_like(value)  # the local convolution again
-        _call('contexts_local_conv', value, layer, value, value_norm, logits, filter_norm, x, None)
-        attn_grad = _call('contexts_attn_backward', value, layer, grad, x, norm, static, torch.empty_like(attn))
-        pool_grad, *se_grads = _se_gradients(pooled, parameters[6:], ctx.eps[3], attn_grad)
-        pool_grad, grad_static, sums = pool_grad / pixels, torch.empty_like(static), _moments(value)
-        _call('contexts_act_backward', value, layer, grad, x, norm, attn, pool_grad, grad_static, sums)
-        grad_bias, grad_weight = sums.sum(0)
-        weight = parameters[4] / (B * pixels)
-        back = norm.backward(parameters[4], weight * grad_bias, weight * grad_weight)
-
-        grad_value, value_sums = torch.empty_like(value), _moments(value)
-        grad_logits, filter_sums = torch.empty_like(logits), _moments(logits)
+        value, logits, static, grad = (
+            t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static, grad))
+        x, grad_attn = torch.empty_like(value), torch.empty_like(attn)
+        _call('contexts_recompute', value, ctx.layer, value, logits, static, table, grad, x, grad_attn)
+        grad_pooled, *se_grads = _se_gradients(pooled, parameters[6:], ctx.layer.eps[3], grad_attn)
+        grads = [torch.empty_like(t) for t in (static, value, logits)]
+        grad_norms = table.new_empty(sum(p.numel() for p in parameters[:6]))
         _call(
-            'contexts_local_conv_backward', value, layer, grad, x, norm, back, attn, pool_grad, value, value_norm,
-            logits, filter_norm, grad_value, grad_logits, value_sums, filter_sums)
-        grad_bias_v, grad_weight_v = value_sums.sum(0)
-        weight = parameters[0] / (B * pixels)
-        back = value_norm.backward(parameters[0], weight * grad_bias_v, weight * grad_weight_v)
-        _call('norm_backward', value, layer, grad_value, value, C, back, 0)
-        grad_bias_f, grad_weight_f = filter_sums.sum(0)
-        means = (filter_sums * parameters[2]).view(B, 2, -1, taps).mean(3, keepdim=True) / pixels
-        means = means.expand(-1, -1, -1, taps).flatten(2)
-        back = filter_norm.backward(parameters[2], means[:, 0], means[:, 1])
-        _call('norm_backward', value, layer, grad_logits, logits, logits.shape[1], back, 1)
-
-        grads = (grad_weight_v, grad_bias_v, grad_weight_f, grad_bias_f, grad_weight, grad_bias)
-        return grad_value, grad_logits, grad_static, None, *(g.to(value.dtype) for g in grads), *se_grads
+            'contexts_backward', value, ctx.layer, value, logits, table, *parameters[0:6:2], grad, x, attn,
+            grad_pooled / value[0, 0].numel(), *grads, grad_norms)
+        return grads[1], grads[2], grads[0], None, *grad_norms.split([p.numel() for p in parameters[:6]]), *se_grads
 
     @staticmethod
     def _differentiable_gradients(ctx, grad, *tensors):
         with torch.enable_grad():
             tensors = [t.view_as(t) for t in tensors]
-            out = _contexts_reference(*tensors, layer=ctx.layer, eps=ctx.eps)
+            out = _contexts_reference(*tensors, layer=ctx.layer)
             needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
             wanted = [t for t, need in zip(tensors, needed) if need]
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
@@ -165,11 +126,13 @@ class Settings(NamedTuple):
     dilation: int
     groups: int
     num_filters: int
+    eps: Tuple[float, float, float, float]  # of its norms: values, filters, dynamic context, fusion
 
 
 def _contexts_reference(
-        value, logits, static, weight_v, bias_v, weight_f, bias_f, weight, bias, *se, layer: Settings, eps):
+        value, logits, static, weight_v, bias_v, weight_f, bias_f, weight, bias, *se, layer: Settings):
     """The same as a function of tensors alone, in plain PyTorch."""
+    eps = layer.eps
     value = F.batch_norm(value, None, None, weight_v, bias_v, True, 0., eps[0])
     filters = F.group_norm(logits, layer.num_filters, weight_f, bias_f, eps[1])
     dynamic = grouped_local_conv(value, filters, layer.kernel_size, layer.dilation, layer.groups)
@@ -180,8 +143,9 @@ def _contexts_reference(
 
 def _se_reference(pooled: torch.Tensor, parameters, eps: float) -> torch.Tensor:
     weight1, bias1, weight, bias, weight2, bias2 = parameters
-    x = F.batch_norm(F.conv2d(pooled, weight1, bias1), None, None, weight, bias, True, 0., eps)
-    return F.conv2d(F.relu(x), weight2, bias2)
+    x = F.linear(pooled.flatten(1), weight1.flatten(1), bias1)
+    x = F.batch_norm(x, None, None, weight, bias, True, 0., eps)
+    return F.linear(F.relu(x), weight2.flatten(1), bias2)
 
 
 def _static_weight(logits: torch.Tensor) -> torch.Tensor:
@@ -199,47 +163,13 @@ def _se_gradients(pooled: torch.Tensor, parameters, eps: float, grad: torch.Tens
         return torch.autograd.grad(attn, inputs, grad)
 
 
-def _moments(x: torch.Tensor) -> torch.Tensor:
-    """Room for two numbers of each channel of each image."""
-    return x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float64)
-
-
-def _batch_statistics(moments: torch.Tensor, x: torch.Tensor, norm: nn.BatchNorm2d):
-    """Mean and 1 / std of each channel, (C), which also go into the running statistics."""
-    pixels = x.shape[2] * x.shape[3]
-    count = x.shape[0] * pixels
-    means, squares = moments.unbind(1)
-    mean = means.mean(0)
-    var = (squares.sum(0) + pixels * (means - mean).square().sum(0)) / count
-    norm.running_mean.lerp_(mean.to(x.dtype), norm.momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(x.dtype), norm.momentum)
-    norm.num_batches_tracked.add_(1)
-    return mean, (var + norm.eps).rsqrt()
-
-
-def _group_statistics(moments: torch.Tensor, x: torch.Tensor, norm: nn.GroupNorm):
-    """Mean and 1 / std of each channel's group, (B, C)."""
-    pixels = x.shape[2] * x.shape[3]
-    means, squares = moments.view(x.shape[0], 2, norm.num_groups, -1).unbind(1)
-    mean = means.mean(2, keepdim=True)
-    var = (squares.mean(2, keepdim=True) / pixels + (means - mean).square().mean(2, keepdim=True))
-    return tuple(t.expand_as(means).flatten(1) for t in (mean, (var + norm.eps).rsqrt()))
-
-
-def _call(function: str, value: torch.Tensor, layer, *args):
-    """Call a kernel for the shape of value and the filters of layer; returns the last argument."""
+def _call(function: str, value: torch.Tensor, layer: Settings, *args) -> None:
+    """Call a kernel for the shape of value and the filters of layer."""
     B, C, H, W = value.shape
     taps = layer.kernel_size ** 2
-    groups = layer.num_filters if isinstance(layer, Settings) else layer.embed[4].num_groups
-    shape = native.Shape(B, C, groups, layer.groups, H, W, layer.kernel_size, layer.dilation, taps, 1)
-    converted = []
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            converted.append(ctypes.c_void_p(arg.data_ptr()))
-        elif isinstance(arg, int):
-            converted.append(ctypes.c_long(arg))
-        else:
-            converted.append(arg if arg is None else ctypes.byref(arg))
+    shape = native.Shape(
+        B, C, layer.num_filters, layer.groups, H, W, layer.kernel_size, layer.dilation, taps, 1)
     getattr(native.load(value.dtype), function)(
-        ctypes.byref(shape), *converted, ctypes.c_int(torch.get_num_threads()))
-    return args[-1]
+        ctypes.byref(shape),
+        *(ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, torch.Tensor) else ctypes.byref(arg) for arg in args),
+        ctypes.c_int(torch.get_num_threads()))

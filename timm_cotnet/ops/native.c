@@ -371,14 +371,77 @@ void fuse_contexts(
 }
 
 #ifndef BFLOAT16
-/* Training: the same part of a CoT layer forward and backward. Statistics come first, as norms of a batch need them, so
-   each of these is one pass over the images; `contexts.py` puts them together. Threads share the images.
+/* Training: the same part of a CoT layer forward and backward, in passes over the images, as the norms of a batch need
+   all of it first. Threads share the images.
 
    Of a norm, scale and bias give what it puts out, x * scale + bias; x_scale and x_bias give that without its own
    weight. Those of the filters are (B, n), the others (C). Sums and moments are (B, 2, channels). */
 typedef struct {
-    const float *scale, *bias, *x_scale, *x_bias;
+    float *scale, *bias, *x_scale, *x_bias;
 } Norm;
+
+typedef struct {
+    const float *weight, *bias;
+    float *running_mean, *running_var; /* of a batch norm */
+    double eps, momentum;
+} NormParameters;
+
+/* The norms of values, filters and dynamic context, in one table of floats. */
+typedef struct {
+    Norm value, filters, dynamic;
+} Norms;
+
+static Norm norm_at(float *table, long size) {
+    return (Norm){table, table + size, table + 2 * size, table + 3 * size};
+}
+
+static Norms norms_at(const Shape *s, float *table) {
+    long n = s->groups * s->kernel_size * s->kernel_size;
+    return (Norms){
+        norm_at(table, s->channels), norm_at(table + 8 * s->channels, s->batch * n),
+        norm_at(table + 4 * s->channels, s->channels)};
+}
+
+static void set_norm(const Norm *norm, long at, double mean, double inverse, double weight, double bias) {
+    norm->x_scale[at] = inverse;
+    norm->x_bias[at] = -mean * inverse;
+    norm->scale[at] = inverse * weight;
+    norm->bias[at] = bias - mean * inverse * weight;
+}
+
+/* From the moments of the images. */
+static void set_batch_norm(const Shape *s, const double *moments, const NormParameters *p, const Norm *norm) {
+    long n = s->channels;
+    double pixels = s->height * s->width, count = s->batch * pixels;
+    for (long c = 0; c < n; c++) {
+        double mean = 0, square = 0;
+        for (long b = 0; b < s->batch; b++) mean += moments[b * 2 * n + c] / s->batch;
+        for (long b = 0; b < s->batch; b++) {
+            double d = moments[b * 2 * n + c] - mean;
+            square += moments[b * 2 * n + n + c] + pixels * d * d;
+        }
+        set_norm(norm, c, mean, 1 / sqrt(square / count + p->eps), p->weight[c], p->bias[c]);
+        p->running_mean[c] += p->momentum * (mean - p->running_mean[c]);
+        p->running_var[c] += p->momentum * (square / (count - 1) - p->running_var[c]);
+    }
+}
+
+static void set_group_norm(const Shape *s, const double *moments, const NormParameters *p, const Norm *norm) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups;
+    double pixels = s->height * s->width;
+    for (long b = 0; b < s->batch; b++, moments += 2 * n)
+        for (long first = 0; first < n; first += taps) {
+            double mean = 0, square = 0;
+            for (long i = first; i < first + taps; i++) mean += moments[i] / taps;
+            for (long i = first; i < first + taps; i++) {
+                double d = moments[i] - mean;
+                square += moments[n + i] + pixels * d * d;
+            }
+            double inverse = 1 / sqrt(square / (taps * pixels) + p->eps);
+            for (long i = first; i < first + taps; i++)
+                set_norm(norm, b * n + i, mean, inverse, p->weight[i], p->bias[i]);
+        }
+}
 
 /* Mean of each channel of each image, and its sum of squared differences to that mean. */
 static void finish_moments(const Shape *s, const double *total, const float *pivot, long n, double *moments) {
@@ -390,7 +453,7 @@ static void finish_moments(const Shape *s, const double *total, const float *piv
     }
 }
 
-void image_moments(const Shape *s, const float *x, long n, double *moments, int threads) {
+static void image_moments(const Shape *s, const float *x, long n, double *moments, int threads) {
     long pixels = s->height * s->width;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
@@ -409,7 +472,7 @@ static void normalize(
 }
 
 /* Local convolution of the normalized values with the normalized filters, and (unless NULL) its moments. */
-void contexts_local_conv(
+static void norm_local_conv(
         const Shape *s, const float *value, const Norm *value_norm, const float *logits, const Norm *filter_norm,
         float *out, double *moments, int threads) {
     long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
@@ -439,7 +502,7 @@ void contexts_local_conv(
 }
 
 /* Mean over the pixels of silu(norm(x)) + key. */
-void contexts_pool(
+static void pool(
         const Shape *s, const float *x, const Norm *norm, const float *key, float *pooled, int threads) {
     long channels = s->channels, pixels = s->height * s->width;
     const float *restrict scale = norm->scale, *restrict bias = norm->bias;
@@ -464,10 +527,11 @@ void contexts_pool(
 }
 
 /* Writes lerp(silu(norm(x)), key, attn) over x; attn is (B, C). */
-void contexts_blend(const Shape *s, float *restrict x, const Norm *norm, const float *restrict key, const float *attn,
-                    int threads) {
+void contexts_blend(
+        const Shape *s, float *restrict x, float *table, const float *restrict key, const float *attn, int threads) {
     long channels = s->channels, pixels = s->height * s->width;
-    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+    Norm norm = norms_at(s, table).dynamic;
+    const float *restrict scale = norm.scale, *restrict bias = norm.bias;
 #pragma omp parallel for num_threads(threads)
     for (long p = 0; p < s->batch * pixels; p++) {
         const float *restrict a = attn + p / pixels * channels;
@@ -480,7 +544,7 @@ void contexts_blend(const Shape *s, float *restrict x, const Norm *norm, const f
 }
 
 /* Gradient of attn, (B, C). */
-void contexts_attn_backward(
+static void attn_backward(
         const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm,
         const float *restrict key, float *grad_attn, int threads) {
     long channels = s->channels, pixels = s->height * s->width;
@@ -518,7 +582,7 @@ static inline void act_backward(
 
 /* Gradient of the key, and the sums of that of norm(x) and of its product with x without norm's weight. attn and
    pool_grad (of each pixel) are (B, C). */
-void contexts_act_backward(
+static void blend_backward(
         const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm, const float *attn,
         const float *pool_grad, float *restrict grad_key, double *sums, int threads) {
     long channels = s->channels, pixels = s->height * s->width;
@@ -551,8 +615,56 @@ void contexts_act_backward(
 
 /* The gradient of a norm's input, by factors of each channel: grad * of_grad + x * of_x + rest. */
 typedef struct {
-    const float *of_grad, *of_x, *rest;
+    float *of_grad, *of_x, *rest;
 } NormBackward;
+
+/* These factors, from the means over all that is normed together of the weighted gradient, and of its product. */
+static void set_norm_backward(
+        const NormBackward *back, const Norm *norm, long at, double weight, double grad, double product) {
+    double inverse = norm->x_scale[at];
+    back->of_grad[at] = inverse * weight;
+    back->of_x[at] = -inverse * product * inverse;
+    back->rest[at] = -inverse * (grad + norm->x_bias[at] * product);
+}
+
+/* From the sums of the images; also the gradients of weight and bias. */
+static void set_batch_norm_backward(
+        const Shape *s, const double *sums, const float *weight, const Norm *norm, const NormBackward *back,
+        float *grad_weight, float *grad_bias) {
+    long n = s->channels;
+    double count = (double)s->batch * s->height * s->width;
+    for (long c = 0; c < n; c++) {
+        double grad = 0, product = 0;
+        for (long b = 0; b < s->batch; b++) {
+            grad += sums[b * 2 * n + c];
+            product += sums[b * 2 * n + n + c];
+        }
+        grad_weight[c] = product;
+        grad_bias[c] = grad;
+        set_norm_backward(back, norm, c, weight[c], weight[c] * grad / count, weight[c] * product / count);
+    }
+}
+
+static void set_group_norm_backward(
+        const Shape *s, const double *sums, const float *weight, const Norm *norm, const NormBackward *back,
+        float *grad_weight, float *grad_bias) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups;
+    double count = taps * s->height * s->width;
+    memset(grad_weight, 0, n * sizeof(float));
+    memset(grad_bias, 0, n * sizeof(float));
+    for (long b = 0; b < s->batch; b++, sums += 2 * n)
+        for (long first = 0; first < n; first += taps) {
+            double grad = 0, product = 0;
+            for (long i = first; i < first + taps; i++) {
+                grad += weight[i] * sums[i] / count;
+                product += weight[i] * sums[n + i] / count;
+                grad_weight[i] += sums[n + i];
+                grad_bias[i] += sums[i];
+            }
+            for (long i = first; i < first + taps; i++)
+                set_norm_backward(back, norm, b * n + i, weight[i], grad, product);
+        }
+}
 
 /* Sums of grad, and of its product with x without norm's weight. */
 static void add_products(
@@ -577,7 +689,7 @@ static void add_products(
 }
 
 /* Gradients of the normalized values and filters, and their sums as above. */
-void contexts_local_conv_backward(
+static void norm_local_conv_backward(
         const Shape *s, const float *grad, const float *x, const Norm *norm, const NormBackward *back,
         const float *attn, const float *pool_grad, const float *value, const Norm *value_norm, const float *logits,
         const Norm *filter_norm, float *grad_value, float *grad_logits, double *value_sums, double *filter_sums,
@@ -635,7 +747,7 @@ void contexts_local_conv_backward(
 }
 
 /* Turns the gradient of what a norm puts out into that of its input, in place; factors are (n), or (B, n). */
-void norm_backward(
+static void norm_backward(
         const Shape *s, float *restrict grad, const float *restrict x, long n, const NormBackward *back,
         long of_each_image, int threads) {
     long pixels = s->height * s->width;
@@ -646,5 +758,61 @@ void norm_backward(
         const float *restrict rest = back->rest + first;
         for (long i = 0; i < n; i++) grad[p * n + i] = grad[p * n + i] * of_grad[i] + x[p * n + i] * of_x[i] + rest[i];
     }
+}
+
+/* What lies behind the convolutions, up to the pooled contexts: out is the local convolution. */
+void contexts_forward(
+        const Shape *s, const float *value, const float *logits, const float *key, const NormParameters *of_value,
+        const NormParameters *of_filters, const NormParameters *of_dynamic, float *table, float *out, float *pooled,
+        int threads) {
+    long n = s->groups * s->kernel_size * s->kernel_size, most = n > s->channels ? n : s->channels;
+    Norms norms = norms_at(s, table);
+    double *moments = malloc(s->batch * 2 * most * sizeof(double));
+    image_moments(s, value, s->channels, moments, threads);
+    set_batch_norm(s, moments, of_value, &norms.value);
+    image_moments(s, logits, n, moments, threads);
+    set_group_norm(s, moments, of_filters, &norms.filters);
+    norm_local_conv(s, value, &norms.value, logits, &norms.filters, out, moments, threads);
+    set_batch_norm(s, moments, of_dynamic, &norms.dynamic);
+    pool(s, out, &norms.dynamic, key, pooled, threads);
+    free(moments);
+}
+
+/* The local convolution once more, and the gradient of attn. */
+void contexts_recompute(
+        const Shape *s, const float *value, const float *logits, const float *key, float *table, const float *grad,
+        float *x, float *grad_attn, int threads) {
+    Norms norms = norms_at(s, table);
+    norm_local_conv(s, value, &norms.value, logits, &norms.filters, x, NULL, threads);
+    attn_backward(s, grad, x, &norms.dynamic, key, grad_attn, threads);
+}
+
+/* All other gradients; those of weights and biases of the norms in the order of `Norms`. */
+void contexts_backward(
+        const Shape *s, const float *value, const float *logits, float *table, const float *weight_of_value,
+        const float *weight_of_filters, const float *weight_of_dynamic, const float *grad, const float *x,
+        const float *attn, const float *pool_grad, float *grad_key, float *grad_value, float *grad_logits,
+        float *grad_parameters, int threads) {
+    long channels = s->channels, n = s->groups * s->kernel_size * s->kernel_size, size = s->batch * n;
+    size = size > channels ? size : channels;
+    Norms norms = norms_at(s, table);
+    double *sums = malloc(s->batch * 2 * (channels + n) * sizeof(double));
+    double *filter_sums = sums + s->batch * 2 * channels;
+    float *factors = malloc(3 * size * sizeof(float)), *grads = grad_parameters;
+    NormBackward back = {factors, factors + size, factors + 2 * size};
+
+    blend_backward(s, grad, x, &norms.dynamic, attn, pool_grad, grad_key, sums, threads);
+    set_batch_norm_backward(
+        s, sums, weight_of_dynamic, &norms.dynamic, &back, grads + 2 * (channels + n), grads + 3 * channels + 2 * n);
+    norm_local_conv_backward(
+        s, grad, x, &norms.dynamic, &back, attn, pool_grad, value, &norms.value, logits, &norms.filters, grad_value,
+        grad_logits, sums, filter_sums, threads);
+    set_batch_norm_backward(s, sums, weight_of_value, &norms.value, &back, grads, grads + channels);
+    norm_backward(s, grad_value, value, channels, &back, 0, threads);
+    set_group_norm_backward(
+        s, filter_sums, weight_of_filters, &norms.filters, &back, grads + 2 * channels, grads + 2 * channels + n);
+    norm_backward(s, grad_logits, logits, n, &back, 1, threads);
+    free(sums);
+    free(factors);
 }
 #endif
