@@ -372,7 +372,7 @@ void fuse_contexts(
 
 #ifndef BFLOAT16
 /* Training: the same part of a CoT layer forward and backward, in passes over the images, as the norms of a batch need
-   all of it first. Threads share the images.
+   all of it first. Threads share the images; scratch has room for an image of each.
 
    Of a norm, scale and bias give what it puts out, x * scale + bias; x_scale and x_bias give that without its own
    weight. Those of the filters are (B, n), the others (C). Sums and moments are (B, 2, channels). */
@@ -474,12 +474,12 @@ static void normalize(
 /* Local convolution of the normalized values with the normalized filters, and (unless NULL) its moments. */
 static void norm_local_conv(
         const Shape *s, const float *value, const Norm *value_norm, const float *logits, const Norm *filter_norm,
-        float *out, double *moments, int threads) {
+        float *scratch, float *out, double *moments, int threads) {
     long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
     long pixels = s->height * s->width;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long b = 0; b < s->batch; b++) {
-        float *normalized = malloc(pixels * channels * sizeof(float)), *image = out + b * pixels * channels;
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < threads; i++) for (long b = i; b < s->batch; b += threads) {
+        float *normalized = scratch + i * pixels * channels, *image = out + b * pixels * channels;
         normalize(
             value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
         float filters[n];
@@ -491,7 +491,6 @@ static void norm_local_conv(
             int count = valid_taps(s, p / s->width, p % s->width, tap, offset);
             local_conv_pixel(s, normalized + p * channels, filters, tap, offset, count, image + p * channels);
         }
-        free(normalized);
         if (moments != NULL) {
             double *total = calloc(2 * channels, sizeof(double));
             add_moments(s, image, channels, 0, s->height, total);
@@ -692,13 +691,13 @@ static void add_products(
 static void norm_local_conv_backward(
         const Shape *s, const float *grad, const float *x, const Norm *norm, const NormBackward *back,
         const float *attn, const float *pool_grad, const float *value, const Norm *value_norm, const float *logits,
-        const Norm *filter_norm, float *grad_value, float *grad_logits, double *value_sums, double *filter_sums,
-        int threads) {
+        const Norm *filter_norm, float *scratch, float *grad_value, float *grad_logits, double *value_sums,
+        double *filter_sums, int threads) {
     long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
     long pixels = s->height * s->width;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long b = 0; b < s->batch; b++) {
-        float *normalized = malloc(pixels * channels * sizeof(float));
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < threads; i++) for (long b = i; b < s->batch; b += threads) {
+        float *normalized = scratch + i * pixels * channels;
         const float *restrict of_grad = back->of_grad, *restrict of_x = back->of_x, *restrict rest = back->rest;
         const float *restrict x_scale = filter_norm->x_scale + b * n, *restrict x_bias = filter_norm->x_bias + b * n;
         normalize(value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
@@ -740,7 +739,6 @@ static void norm_local_conv_backward(
                 total[n + i] += product[i];
             }
         }
-        free(normalized);
         add_products(s, grad_value + b * pixels * channels, value + b * pixels * channels, value_norm,
                      value_sums + b * 2 * channels);
     }
@@ -763,8 +761,8 @@ static void norm_backward(
 /* What lies behind the convolutions, up to the pooled contexts: out is the local convolution. */
 void contexts_forward(
         const Shape *s, const float *value, const float *logits, const float *key, const NormParameters *of_value,
-        const NormParameters *of_filters, const NormParameters *of_dynamic, float *table, float *out, float *pooled,
-        int threads) {
+        const NormParameters *of_filters, const NormParameters *of_dynamic, float *table, float *scratch, float *out,
+        float *pooled, int threads) {
     long n = s->groups * s->kernel_size * s->kernel_size, most = n > s->channels ? n : s->channels;
     Norms norms = norms_at(s, table);
     double *moments = malloc(s->batch * 2 * most * sizeof(double));
@@ -772,7 +770,7 @@ void contexts_forward(
     set_batch_norm(s, moments, of_value, &norms.value);
     image_moments(s, logits, n, moments, threads);
     set_group_norm(s, moments, of_filters, &norms.filters);
-    norm_local_conv(s, value, &norms.value, logits, &norms.filters, out, moments, threads);
+    norm_local_conv(s, value, &norms.value, logits, &norms.filters, scratch, out, moments, threads);
     set_batch_norm(s, moments, of_dynamic, &norms.dynamic);
     pool(s, out, &norms.dynamic, key, pooled, threads);
     free(moments);
@@ -781,9 +779,9 @@ void contexts_forward(
 /* The local convolution once more, and the gradient of attn. */
 void contexts_recompute(
         const Shape *s, const float *value, const float *logits, const float *key, float *table, const float *grad,
-        float *x, float *grad_attn, int threads) {
+        float *scratch, float *x, float *grad_attn, int threads) {
     Norms norms = norms_at(s, table);
-    norm_local_conv(s, value, &norms.value, logits, &norms.filters, x, NULL, threads);
+    norm_local_conv(s, value, &norms.value, logits, &norms.filters, scratch, x, NULL, threads);
     attn_backward(s, grad, x, &norms.dynamic, key, grad_attn, threads);
 }
 
@@ -791,8 +789,8 @@ void contexts_recompute(
 void contexts_backward(
         const Shape *s, const float *value, const float *logits, float *table, const float *weight_of_value,
         const float *weight_of_filters, const float *weight_of_dynamic, const float *grad, const float *x,
-        const float *attn, const float *pool_grad, float *grad_key, float *grad_value, float *grad_logits,
-        float *grad_parameters, int threads) {
+        const float *attn, const float *pool_grad, float *scratch, float *grad_key, float *grad_value,
+        float *grad_logits, float *grad_parameters, int threads) {
     long channels = s->channels, n = s->groups * s->kernel_size * s->kernel_size, size = s->batch * n;
     size = size > channels ? size : channels;
     Norms norms = norms_at(s, table);
@@ -805,8 +803,8 @@ void contexts_backward(
     set_batch_norm_backward(
         s, sums, weight_of_dynamic, &norms.dynamic, &back, grads + 2 * (channels + n), grads + 3 * channels + 2 * n);
     norm_local_conv_backward(
-        s, grad, x, &norms.dynamic, &back, attn, pool_grad, value, &norms.value, logits, &norms.filters, grad_value,
-        grad_logits, sums, filter_sums, threads);
+        s, grad, x, &norms.dynamic, &back, attn, pool_grad, value, &norms.value, logits, &norms.filters, scratch,
+        grad_value, grad_logits, sums, filter_sums, threads);
     set_batch_norm_backward(s, sums, weight_of_value, &norms.value, &back, grads, grads + channels);
     norm_backward(s, grad_value, value, channels, &back, 0, threads);
     set_group_norm_backward(
