@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .fold import conv_like, fold_norm, fold_sequential, is_foldable
-from .ops import grouped_local_conv, native
+from .ops import grouped_local_conv, local_conv, native
 from .ops.watch import are_watched, is_traced
 
 _POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
@@ -121,6 +121,12 @@ class FusedConv2d(nn.Conv2d):
             weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape)
 
 
+@torch.fx.wrap  # has a branch, which torch.fx cannot trace
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x, in float32 if it is of a half type."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
 class FusedCotLayer(nn.Module):
     """`CotLayer` or `CoxtLayer` for evaluation: batch norms folded, no concatenation.
 
@@ -194,18 +200,25 @@ class FusedCotLayer(nn.Module):
         return self._fuse_contexts(value, attn, static)
 
     def _fuse_contexts(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
-        B, _, H, W = attn.shape
-        taps = self.kernel_size * self.kernel_size
-        weight, bias = self.attn_scale, self.attn_shift
         if self.tap_by_tap:
-            attn = attn.view(B, taps, self.num_filters, H, W).transpose(1, 2).reshape(B, taps * self.num_filters, H, W)
-            weight, bias = weight.view(taps, -1).t().reshape(-1), bias.view(taps, -1).t().reshape(-1)
-        attn = F.group_norm(attn, self.num_filters, weight, bias, self.eps)
-        dynamic = grouped_local_conv(value, attn, self.kernel_size, self.dilation, self.groups)
+            dynamic = local_conv(value, self._norm_filters(attn), self.kernel_size, self.dilation)
+        else:
+            attn = F.group_norm(attn, self.num_filters, self.attn_scale, self.attn_shift, self.eps)
+            dynamic = grouped_local_conv(value, attn, self.kernel_size, self.dilation, self.groups)
         dynamic = F.silu(dynamic + self.shift.view(-1, 1, 1))
         gap = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
         attn = self.se_expand(F.relu(self.se_reduce(gap))).sigmoid()
         return torch.lerp(dynamic, static.to(dynamic.dtype), attn.to(dynamic.dtype))
+
+    def _norm_filters(self, attn: torch.Tensor) -> torch.Tensor:
+        """Group norm of (B, k * k * G, H, W), seen as (B, G, k * k, H, W) without a copy."""
+        B, _, H, W = attn.shape
+        taps = self.kernel_size * self.kernel_size
+        attn = attn.view(B, taps, self.num_filters, H, W)
+        var, mean = torch.var_mean(at_least_float32(attn), [1, 3, 4], correction=0, keepdim=True)
+        scale = (var + self.eps).rsqrt() * self.attn_scale.view(taps, -1, 1, 1)
+        shift = self.attn_shift.view(taps, -1, 1, 1) - mean * scale
+        return (attn * scale + shift).to(attn.dtype).transpose(1, 2)
 
     @torch.jit.unused
     def can_run_native(self, value: torch.Tensor) -> bool:
