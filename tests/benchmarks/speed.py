@@ -1,11 +1,13 @@
 """Speed of CoTNet against its rivals, on this machine: `python tests/benchmarks/speed.py`.
 
-Both sides of a row run in turn in one process, each in the memory format that suits it better; medians are compared.
+Both sides of a row run in turn, each in the memory format that suits it better; medians are compared. Networks on the
+CPU have a process each: what one leaves of its memory would decide how much of it the other has to ask for anew.
 Prints the table and writes it to `speed.md` and `speed.png` in `--output`. A row that cannot run here says why.
 """
 import argparse
 import contextlib
 import copy
+import json
 import platform
 import statistics
 import subprocess
@@ -26,6 +28,7 @@ import timm_cotnet.layers
 from timm_cotnet import local_conv
 
 FORMATS = {'contiguous': torch.contiguous_format, 'channels-last': torch.channels_last}
+NAMES = ('cotnet50', 'resnet50')
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels and side of the CoT layers of each stage
 Task = Callable[[], object]
 Sides = Tuple[Dict[str, Task], Dict[str, Task]]  # ours and the other one's, by memory format
@@ -68,10 +71,59 @@ def measure(sides: Sides) -> Tuple[float, float, str]:
             start = time.perf_counter()
             task()
             times[side, name].append(1e3 * (time.perf_counter() - start))
+    return _better(times)
+
+
+def _better(times: Dict[Tuple[int, str], List[float]]) -> Tuple[float, float, str]:
     best = []
     for side in (0, 1):
         best.append(min((statistics.median(t), name) for (s, name), t in times.items() if s == side))
     return best[0][0], best[1][0], ' / '.join(name for _, name in best)
+
+
+def measure_apart(ours: Dict, other: Dict) -> Tuple[float, float, str]:
+    """The same for the networks that `build` makes of ours and other, each candidate in a process of its own."""
+    times: Dict[Tuple[int, str], List[float]] = {(side, name): [] for side in (0, 1) for name in FORMATS}
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for side, name in times:
+            command = [sys.executable, __file__, '--work', json.dumps((ours, other)[side]), name]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.stdin.close)
+            workers[side, name] = process
+            process.stdout.readline()  # ready
+        end = time.perf_counter() + SECONDS * len(workers)
+        while time.perf_counter() < end or len(times[0, 'contiguous']) < 3:
+            for key, process in workers.items():
+                time.sleep(0.02)  # threads of the one before may still spin
+                process.stdin.write('\n')
+                process.stdin.flush()
+                times[key].append(float(process.stdout.readline()))
+    return _better(times)
+
+
+def work(network: Dict, memory_format: str) -> None:
+    """Run the task once for each line of standard input, and print the milliseconds."""
+    task = build(only=memory_format, **network)[memory_format]
+    task()
+    task()
+    print('ready', flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        task()
+        print(1e3 * (time.perf_counter() - start), flush=True)
+
+
+def build(name: str, batch: int, train: bool = False, dtype: str = 'float32', official: bool = False, **kwargs):
+    """Tasks for a network, see `inference` and `training`; folded for inference, except with the official formula."""
+    model = timm.create_model(name)
+    if train:
+        return training(model, batch, **kwargs)
+    if official:
+        return {key: official_formula(task) for key, task in inference(model, batch, **kwargs).items()}
+    model = reparameterize_model(model.eval()) if 'cotnet' in name else fold(model)
+    return inference(model, batch, dtype=getattr(torch, dtype), **kwargs)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -84,14 +136,6 @@ def fold(model: nn.Module) -> nn.Module:
                 setattr(module, norm_name, nn.Identity())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return model
-
-
-def cotnet(name: str = 'cotnet50') -> nn.Module:
-    return reparameterize_model(timm.create_model(name).eval())
-
-
-def resnet() -> nn.Module:
-    return fold(timm.create_model('resnet50'))
 
 
 def evaluation_size(name: str) -> int:
@@ -161,7 +205,7 @@ def official_local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int 
     return (columns * weight.unsqueeze(1)).sum(3).view(B, C, H, W)
 
 
-def official(task: Task) -> Task:
+def official_formula(task: Task) -> Task:
     """The task with the official formula in every CoT layer."""
     def grouped(x, attn, kernel_size, dilation, groups):
         B, _, H, W = x.shape
@@ -234,17 +278,12 @@ def needs_gpu() -> None:
 
 def compare_bf16(batch: int):
     needs_bf16()
-    dtype = torch.bfloat16
-    return measure((inference(cotnet(), batch, dtype=dtype), inference(resnet(), batch, dtype=dtype)))
+    return measure_apart(*(dict(name=name, batch=batch, dtype='bfloat16') for name in NAMES))
 
 
-def compare_hybrid(train: bool):
+def compare_hybrid(**kwargs):
     names = ('se_cotnetd_101', 'resnest101e')
-    sizes = [evaluation_size(name) for name in names]
-    if train:
-        return measure(tuple(training(timm.create_model(n), 4, size) for n, size in zip(names, sizes)))
-    rival = fold(timm.create_model(names[1]))
-    return measure((inference(cotnet(names[0]), 8, sizes[0]), inference(rival, 8, sizes[1])))
+    return measure_apart(*(dict(name=name, size=evaluation_size(name), **kwargs) for name in names))
 
 
 def compare_gpu(train: bool, compiled: bool):
@@ -252,9 +291,9 @@ def compare_gpu(train: bool, compiled: bool):
     needs_gpu()
     batch, kwargs = 256, dict(device='cuda', compiled=compiled, only='channels-last')
     if train:
-        sides = tuple(training(timm.create_model(name), batch, **kwargs) for name in ('cotnet50', 'resnet50'))
+        sides = tuple(build(name, batch, train=True, **kwargs) for name in NAMES)
     else:
-        sides = tuple(inference(model, batch, dtype=torch.bfloat16, **kwargs) for model in (cotnet(), resnet()))
+        sides = tuple(build(name, batch, dtype='bfloat16', **kwargs) for name in NAMES)
     ours, other, formats = measure(sides)
     return 1e3 * batch / ours, 1e3 * batch / other, formats
 
@@ -284,7 +323,7 @@ def compare_gpu_traffic(channels: int, side: int):
 def compare_gpu_memory():
     needs_gpu()
     peaks = []
-    for name in ('cotnet50', 'resnet50'):
+    for name in NAMES:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         training(timm.create_model(name), 256, device='cuda', only='channels-last')['channels-last']()
@@ -298,20 +337,20 @@ def rows() -> List[Row]:
     for batch in (1, 8):
         what = f'CoTNet-50 / ResNet-50, inference, batch {batch}'
         table += [
-            Row(f'{what}, float32', 0.80, lambda b=batch: measure((inference(cotnet(), b), inference(resnet(), b)))),
-            Row(f'{what}, float32, compiled', 0.85, lambda b=batch: measure(
-                (inference(cotnet(), b, compiled=True), inference(resnet(), b, compiled=True)))),
+            Row(f'{what}, float32', 0.80, lambda b=batch: measure_apart(*(dict(name=n, batch=b) for n in NAMES))),
+            Row(f'{what}, float32, compiled', 0.85, lambda b=batch: measure_apart(
+                *(dict(name=n, batch=b, compiled=True) for n in NAMES))),
             Row(f'{what}, bfloat16', 0.85, lambda b=batch: compare_bf16(b)),
         ]
     table += [
-        Row('CoTNet-50 / official formula, inference, batch 8', 0.45, lambda: measure((inference(cotnet(), 8), {
-            name: official(task) for name, task in inference(timm.create_model('cotnet50'), 8).items()}))),
-        Row('CoTNet-50 / ResNet-50, training step, batch 8', 0.90, lambda: measure(
-            (training(timm.create_model('cotnet50'), 8), training(timm.create_model('resnet50'), 8)))),
+        Row('CoTNet-50 / official formula, inference, batch 8', 0.45, lambda: measure_apart(
+            dict(name=NAMES[0], batch=8), dict(name=NAMES[0], batch=8, official=True))),
+        Row('CoTNet-50 / ResNet-50, training step, batch 8', 0.90, lambda: measure_apart(
+            *(dict(name=n, batch=8, train=True) for n in NAMES))),
         Row('CoTNet-50 / ResNet-50, training step, peak memory', 1.15,
-            lambda: (peak_memory('cotnet50'), peak_memory('resnet50'), 'channels-last'), unit='MB'),
-        Row('SE-CoTNetD-101 / resnest101e, inference, batch 8', 0.8, lambda: compare_hybrid(train=False)),
-        Row('SE-CoTNetD-101 / resnest101e, training step, batch 4', 0.8, lambda: compare_hybrid(train=True)),
+            lambda: (*(peak_memory(name) for name in NAMES), 'channels-last'), unit='MB'),
+        Row('SE-CoTNetD-101 / resnest101e, inference, batch 8', 0.8, lambda: compare_hybrid(batch=8)),
+        Row('SE-CoTNetD-101 / resnest101e, training step, batch 4', 0.8, lambda: compare_hybrid(batch=4, train=True)),
     ]
     for backward in (False, True):
         for (channels, side), goal in zip(STAGES, (0.1, 0.25, 0.4, 0.5)):
@@ -323,8 +362,8 @@ def rows() -> List[Row]:
     table += [
         Row('local_conv, 448 / 224 (112 x 112 / 56 x 56)', 4.2, lambda: measure(
             (operator(64, 112, True, local_conv), operator(64, 56, True, local_conv)))),
-        Row('CoTNet-50, inference, 448 / 224', 4.2, lambda: measure(
-            (inference(cotnet(), 2, 448), inference(cotnet(), 2)))),
+        Row('CoTNet-50, inference, batch 2, 448 / 224', 4.2, lambda: measure_apart(
+            dict(name=NAMES[0], batch=2, size=448), dict(name=NAMES[0], batch=2))),
     ]
     for train in (False, True):
         for compiled in (False, True):
@@ -375,9 +414,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--quick', action='store_true', help='shorter runs: a look, not a result')
     parser.add_argument('--output', type=Path, default=Path('.'), help='folder for speed.md and speed.png')
     parser.add_argument('--peak', help=argparse.SUPPRESS)
+    parser.add_argument('--work', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.peak:
         return print_peak(args.peak)
+    if args.work:
+        return work(json.loads(args.work[0]), args.work[1])
     SECONDS /= 10 if args.quick else 1
 
     lines = [
