@@ -264,15 +264,12 @@ static void norm_affine(
 static inline void norm_filters(
         const Shape *s, const SCALAR *restrict logits, const float *restrict scale, const float *restrict bias,
         float *restrict filters) {
-    long taps = s->kernel_size * s->kernel_size;
-    if (s->stride_g == 1)
-        for (long i = 0; i < taps * s->groups; i++) filters[i] = load(logits[i]) * scale[i] + bias[i];
-    else
-        for (long t = 0; t < taps; t++)
-            for (long g = 0; g < s->groups; g++) {
-                long i = g * s->stride_g + t * s->stride_t;
-                filters[t * s->groups + g] = load(logits[i]) * scale[i] + bias[i];
-            }
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups;
+    float normed[n], *restrict out = s->stride_g == 1 ? filters : normed;
+    for (long i = 0; i < n; i++) out[i] = load(logits[i]) * scale[i] + bias[i];
+    if (s->stride_g != 1)
+        for (long g = 0; g < s->groups; g++)
+            for (long t = 0; t < taps; t++) filters[t * s->groups + g] = normed[g * taps + t];
 }
 
 static void affine_layer(
