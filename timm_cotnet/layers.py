@@ -56,8 +56,7 @@ class QueryKeyConv2d(nn.Conv2d):
     def pair(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) twice -> (B, out_channels, H, W)."""
         weight_q, weight_k = self.query_key_weights()
-        out = F.conv2d(query, weight_q, self.bias, groups=self.groups)
-        return out.add_(F.conv2d(key, weight_k, groups=self.groups))
+        return F.conv2d(query, weight_q, self.bias, groups=self.groups) + F.conv2d(key, weight_k, groups=self.groups)
 
     def query_key_weights(self):
         """The filters' two halves, (out_channels, dim // groups, 1, 1) each."""

@@ -31,7 +31,10 @@ class NormParameters(ctypes.Structure):
 
 
 def can_train_native(value: torch.Tensor, logits: torch.Tensor, static: torch.Tensor, layer: nn.Module) -> bool:
-    """Whether `FuseContexts` does what lies behind the convolutions of a `CotLayer` for these."""
+    """Whether `FuseContexts` does what lies behind the convolutions of a `CotLayer` for these.
+
+    Its threads share the images, so with many more threads than images plain PyTorch is faster.
+    """
     group_norm = layer.embed[4]
     norms = (layer.conv1x1[1], layer.bn, layer.se[1])
     return (
@@ -39,17 +42,24 @@ def can_train_native(value: torch.Tensor, logits: torch.Tensor, static: torch.Te
         and forward_ad._current_level < 0
         and not any(is_traced(x) for x in (value, logits, static))
         and value.device.type == 'cpu'
+        and 4 * value.shape[0] >= torch.get_num_threads()
         and value.numel() > value.shape[1] > 0  # one value has no variance: its norm says so
         and not torch.is_autocast_enabled('cpu')
         and all(x.dtype == torch.float32 for x in (value, logits, static))
         and all(x.is_contiguous(memory_format=torch.channels_last) for x in (value, logits, static))
+        and static.shape == value.shape
+        and logits.shape == (value.shape[0], group_norm.num_groups * layer.kernel_size ** 2, *value.shape[2:])
         and all(type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats
                 and norm.momentum is not None for norm in norms)
+        and norms[0].num_features == layer.bn.num_features == value.shape[1]
         and group_norm.affine
+        and group_norm.num_channels == logits.shape[1]
         and type(layer.act) is nn.SiLU
         and not are_watched([norms[0], group_norm, layer.bn, layer.act, layer.se])
         and all(type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_contiguous()
                 for module in (*norms, group_norm, layer.se) for p in module.parameters())
+        and all(statistic.dtype == torch.float32 and statistic.is_contiguous()
+                for norm in norms for statistic in (norm.running_mean, norm.running_var))
         and native.why_not_sizes(layer.kernel_size, group_norm.num_groups, value.shape[1]) is None
         and native.why_not_native(value) is None
     )
@@ -165,7 +175,7 @@ def _se_gradients(pooled: torch.Tensor, parameters, eps: float, grad: torch.Tens
 
 def _scratch(value: torch.Tensor) -> torch.Tensor:
     """An image for each thread, from here as memory that threads allocate themselves is fresh each time."""
-    return value.new_empty(torch.get_num_threads(), value[0].numel())
+    return value.new_empty(min(torch.get_num_threads(), len(value)), value[0].numel())
 
 
 def _call(function: str, value: torch.Tensor, layer: Settings, *args) -> None:
