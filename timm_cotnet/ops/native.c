@@ -189,7 +189,7 @@ static inline void add_gradients(
     }
 }
 
-/* Both gradients of the local convolution; grad_x and grad_weight start as zeros. Threads share the images. */
+/* Both gradients of the local convolution. Threads share the images. */
 void local_conv_backward(
         const Shape *s, const float *grad, const float *x, const float *weight, float *grad_x, float *grad_weight,
         int threads) {
@@ -197,6 +197,7 @@ void local_conv_backward(
     long pixels = s->height * s->width;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
+        memset(grad_x + b * pixels * s->channels, 0, pixels * s->channels * sizeof(float));
         float filters[n], grad_filters[n];
         int tap[MAX_TAPS];
         long offset[MAX_TAPS];

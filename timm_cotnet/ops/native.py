@@ -113,7 +113,7 @@ class LocalConvNative(LocalConvShifted):
         ):
             return LocalConvShifted.gradients(ctx, grad, x, weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         load(x.dtype).local_conv_backward(
             _shape(x, weight, ctx.kernel_size, ctx.dilation), *_pointers(grad, x, weight, grad_x, grad_weight),
             ctypes.c_int(torch.get_num_threads()))
