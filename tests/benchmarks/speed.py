@@ -57,6 +57,7 @@ class CannotRun(Exception):
 
 
 SECONDS = 6.0  # for each row and side; --quick takes a tenth
+TURN = 0.3  # seconds of a network's turn: enough to warm caches up again
 
 
 def measure(sides: Sides) -> Tuple[float, float, str]:
@@ -104,15 +105,19 @@ def measure_apart(ours: Dict, other: Dict) -> Tuple[float, float, str]:
 
 
 def work(network: Dict, memory_format: str) -> None:
-    """Run the task once for each line of standard input, and print the milliseconds."""
+    """For each line of standard input run the task for TURN seconds, and print the median milliseconds of a run."""
     task = build(only=memory_format, **network)[memory_format]
     task()
     task()
     print('ready', flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        task()
-        print(1e3 * (time.perf_counter() - start), flush=True)
+        times = []
+        end = time.perf_counter() + TURN
+        while not times or time.perf_counter() < end:
+            start = time.perf_counter()
+            task()
+            times.append(1e3 * (time.perf_counter() - start))
+        print(statistics.median(times), flush=True)
 
 
 def build(name: str, batch: int, train: bool = False, dtype: str = 'float32', official: bool = False, **kwargs):
@@ -131,8 +136,11 @@ def fold(model: nn.Module) -> nn.Module:
     for module in model.eval().modules():
         children = list(module.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:]):
+            parent = module
+            if isinstance(conv, nn.Sequential):  # a stem, whose last convolution is normed outside of it
+                parent, (name, conv) = conv, list(conv.named_children())[-1]
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     return model
