@@ -135,6 +135,27 @@ def test_where_it_is_not_fused(change):
         assert seen == [x.shape]
 
 
+def test_hook_on_the_values():
+    """A hook on convolution and norm together sees them run."""
+    layer = create(CotLayer, dict(dim=16))
+    expected = copy.deepcopy(layer)
+    seen = []
+    layer.conv1x1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    x = image(2, 16, 4, 5)
+    assert_close(layer(x), expected(x))
+    assert seen == [x.shape]
+
+
+def test_running_statistics_are_known_to_change():
+    """What autograd saved of them before cannot be used after."""
+    layer = create(CotLayer, dict(dim=16))
+    x = image(2, 16, 4, 5)
+    out = layer.eval()(x)
+    assert is_fused(layer.train()(x))
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        out.sum().backward()
+
+
 def test_second_derivative():
     layer = create(CotLayer, dict(dim=16))
     expected = copy.deepcopy(layer).double()

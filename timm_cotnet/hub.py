@@ -297,7 +297,7 @@ def _sweep(storage: Path) -> None:
         try:
             with FileLock(lock, timeout=0):
                 part.unlink(missing_ok=True)
-        except (NotImplementedError, OSError, Timeout) as error:
+        except (NotImplementedError, OSError, Timeout) as error:  # the first: filelock's, on file systems without locks
             _logger.debug(f'{part} stays: {error!r}')
 
 

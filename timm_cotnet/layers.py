@@ -152,10 +152,16 @@ class CotLayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        static, value, attn = self._before_norms(x)
-        if not torch.jit.is_scripting():
+        static, attn = self._static_and_filters(x)
+        if torch.jit.is_scripting():
+            value = self.conv1x1(x)
+        elif are_watched([self.conv1x1]):
+            value = self.conv1x1(x)
+        else:
+            value = self.conv1x1[0](x)
             if can_train_native(value, attn, static, self):
                 return train_contexts(value, attn, static, self)
+            value = self.conv1x1[1](value)
         B, C, H, W = x.shape
         dynamic = self._dynamic_context(value, attn)
         gap = dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
@@ -165,22 +171,21 @@ class CotLayer(nn.Module):
 
     def contexts(self, x: torch.Tensor):
         """The static and the dynamic context of x before their fusion, (B, dim, H, W) each."""
-        static, value, attn = self._before_norms(x)
-        return static, self._dynamic_context(value, attn)
+        static, attn = self._static_and_filters(x)
+        return static, self._dynamic_context(self.conv1x1(x), attn)
 
-    def _before_norms(self, x: torch.Tensor):
-        """Static context, values and filters, the latter two before their norms."""
+    def _static_and_filters(self, x: torch.Tensor):
+        """Static context, and the filters before their norm."""
         if torch.jit.is_scripting():
             static = self.key_embed(x)
             attn = self.embed[2](self.embed[1](self.embed[0].pair(x, static)))
         else:
             static = run_sequential(self.key_embed, x)
             attn = batch_norm_act(self.embed[0].pair(x, static), self.embed[1], self.embed[2])
-        return static, self.conv1x1[0](x), self.embed[3](attn)
+        return static, self.embed[3](attn)
 
     def _dynamic_context(self, value: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-        value, attn = self.conv1x1[1](value), self.embed[4](attn)
-        dynamic = grouped_local_conv(value, attn, self.kernel_size, self.dilation, self.groups)
+        dynamic = grouped_local_conv(value, self.embed[4](attn), self.kernel_size, self.dilation, self.groups)
         return self.act(self.bn(dynamic))
 
     def fuse(self) -> nn.Module:
