@@ -10,8 +10,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
-from timm_cotnet.fused import FusedBottleneck, FusedConv2d, FusedCotLayer, FusedStage, can_run_packed
+from timm_cotnet.fused import FusedBottleneck, FusedConv2d, FusedCotLayer, FusedStage
 from timm_cotnet.ops import native
+from timm_cotnet.ops.folded import can_run_packed, why_not_cot_layer
 
 from golden import filled, golden_input, load
 
@@ -89,7 +90,7 @@ def test_native_layer(layer_cls, dim, kernel_size, dilation, batch):
         fused.float()
         static = x.float().contiguous(memory_format=torch.channels_last)
         if native.why_not_native(static) is None:
-            assert fused.can_run_native(static)
+            assert why_not_cot_layer(static, *fused._parameters_and_settings()) is None
         for threads in (1, 2, 4):
             before = torch.get_num_threads()
             torch.set_num_threads(threads)

@@ -24,10 +24,11 @@ from timm.models._registry import generate_default_cfgs, register_model, registe
 from timm.models.resnet import ResNet, drop_blocks
 
 from .fold import fold_pair, fold_sequential
-from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, can_run_packed, make_stem_foldable
+from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, make_stem_foldable
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
 from .ops.batch_norm import batch_norm_act
+from .ops.folded import can_run_packed
 from .ops.watch import are_watched
 from .published import PUBLISHED
 

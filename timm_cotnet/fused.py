@@ -1,43 +1,20 @@
 """What `reparameterize_model` makes of CoT blocks: modules for evaluation, with equal results from less work.
 
 Batch norms are folded, and each convolution also applies what follows it. On the CPU these modules run channels-last on
-oneDNN's convolutions with fused sums and activations, and on the kernels of `ops/native.c` for what lies between them
-(`can_run_packed` and `FusedCotLayer.can_run_native` choose). Everywhere else, and for whatever traces,
-scripts, compiles or differentiates them, they are plain PyTorch.
-
-Filters are packed again when they change, as told by their address and version; `p.data.mul_()` changes neither. A NaN
-may end in oneDNN's ReLU, which makes it zero.
+the operators of `ops/folded.py`, which says where (`can_run_packed`, `can_compile_packed`, `why_not_cot_layer`).
+Everywhere else, and for whatever traces, scripts, exports or differentiates them, they are plain PyTorch.
 """
-import weakref
 from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 
 from .fold import conv_like, fold_norm, fold_sequential, is_foldable
-from .ops import grouped_local_conv, local_conv, native
-from .ops.watch import are_watched, is_traced
-
-_POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
-_PACKED = weakref.WeakKeyDictionary()  # of a FusedConv2d: what its packed filters were made for, they, what they are of
-
-
-def can_run_packed(x: torch.Tensor) -> bool:
-    """Whether oneDNN's fused convolutions take x here and now."""
-    return (
-        not is_traced(x)
-        and x.device.type == 'cpu'
-        and x.ndim == 4
-        and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
-        and (x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        and not torch.is_grad_enabled()
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled('cpu')
-    )
+from .ops import grouped_local_conv, local_conv
+from .ops.folded import POST_OPS, CotParameters, CotSettings, can_compile_packed, can_run_packed, conv2d_act, cot_layer
+from .ops.folded import why_not_cot_layer
+from .ops.watch import are_watched
 
 
 class FusedConv2d(nn.Conv2d):
@@ -59,7 +36,7 @@ class FusedConv2d(nn.Conv2d):
     @staticmethod
     def is_fusible(conv: nn.Module, act: nn.Module) -> bool:
         """Whether this class can stand for conv and act."""
-        return type(act) in _POST_OPS and type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' \
+        return type(act) in POST_OPS and type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' \
             and not isinstance(conv.padding, str)
 
     def forward(self, x: torch.Tensor, addend: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -67,9 +44,8 @@ class FusedConv2d(nn.Conv2d):
         if not torch.jit.is_scripting():
             if can_run_packed(x):
                 return self.forward_packed(x, addend)
-        return self._forward_plain(x, addend)
-
-    def _forward_plain(self, x: torch.Tensor, addend: Optional[torch.Tensor]) -> torch.Tensor:
+            if can_compile_packed(x):
+                return self._forward_compiled(x, addend)
         x = self._conv_forward(x, self.weight, self.bias)
         if addend is not None:
             x = x + addend
@@ -83,42 +59,15 @@ class FusedConv2d(nn.Conv2d):
             overwrite: bool = False,
     ) -> torch.Tensor:
         """`forward` where `can_run_packed(x)`; with overwrite the result may take the memory of addend."""
-        weight = self.weight
-        if (
-                type(weight) not in (torch.Tensor, nn.Parameter)
-                or weight.is_inference()  # has no version that would tell of changes
-                or x.dtype != weight.dtype
-                or x.shape[1] != self.in_channels
-        ):
-            return self._forward_plain(x, addend)
-        x = x.contiguous(memory_format=torch.channels_last)
-        as_linear = addend is None and self.groups == 1 and self.kernel_size == self.stride == (1, 1) \
-            and self.padding == (0, 0)  # less fixed cost for each call
-        made_for = (x.shape, as_linear, weight.data_ptr(), weight._version)
-        packed = _PACKED.get(self)
-        if packed is None or packed[0] != made_for:
-            # with the filters themselves: as long as they live, no others can have their address
-            _PACKED[self] = packed = (made_for, self._pack(x, as_linear), weight.detach())
-        act = _POST_OPS[type(self.act)]
-        ops = torch.ops.mkldnn
-        if as_linear:
-            x = x.permute(0, 2, 3, 1)
-            return ops._linear_pointwise.default(x, packed[1], self.bias, act, [], '').permute(0, 3, 1, 2)
-        args = (packed[1], self.bias, self.padding, self.stride, self.dilation, self.groups)
-        if addend is None:
-            return ops._convolution_pointwise.default(x, *args, act, [], '')
-        addend = addend.contiguous(memory_format=torch.channels_last)
-        if overwrite:
-            return ops._convolution_pointwise_.binary(addend, x, *args, 'add', 1.0, act, [], '')
-        return ops._convolution_pointwise.binary(x, addend, *args, 'add', 1.0, act, [], '')
+        return conv2d_act(
+            x, self.weight, self.bias, addend, self.stride, self.padding, self.dilation, self.groups,
+            POST_OPS[type(self.act)], overwrite)
 
     @torch.jit.unused
-    def _pack(self, x: torch.Tensor, as_linear: bool) -> torch.Tensor:
-        weight = self.weight.detach()
-        if as_linear:
-            return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape)
+    def _forward_compiled(self, x: torch.Tensor, addend: Optional[torch.Tensor]) -> torch.Tensor:
+        return torch.ops.timm_cotnet.conv2d_act(
+            x, self.weight, self.bias, addend, self.stride, self.padding, self.dilation, self.groups,
+            POST_OPS[type(self.act)])
 
 
 @torch.fx.wrap  # has a branch, which torch.fx cannot trace
@@ -185,19 +134,32 @@ class FusedCotLayer(nn.Module):
         if not torch.jit.is_scripting():
             if can_run_packed(x):
                 return self.forward_packed(x)
+            if can_compile_packed(x) and not are_watched([self]):
+                parameters, settings = self._parameters_and_settings()
+                if why_not_cot_layer(x, parameters, settings) is None:
+                    return torch.ops.timm_cotnet.cot_layer(x, parameters, *settings)
         static = self.key_embed(x)
         return self._fuse_contexts(self.value(x), self.attn(self.key(static, self.query(x))), static)
 
     @torch.jit.unused
     def forward_packed(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` where `can_run_packed(x)`."""
+        parameters, settings = self._parameters_and_settings()
+        if why_not_cot_layer(x, parameters, settings) is None:
+            return cot_layer(x, parameters, settings)
         static = self.key_embed.forward_packed(x)
         attn = self.key.forward_packed(static, self.query.forward_packed(x), overwrite=True)
-        attn = self.attn.forward_packed(attn)
-        value = self.value.forward_packed(x)
-        if self.can_run_native(value):
-            return self._fuse_contexts_native(value, attn, static)
-        return self._fuse_contexts(value, attn, static)
+        return self._fuse_contexts(self.value.forward_packed(x), self.attn.forward_packed(attn), static)
+
+    @torch.jit.unused
+    def _parameters_and_settings(self):
+        parameters = CotParameters(
+            self.key_embed.weight, self.key_embed.bias, self.query.weight, self.query.bias, self.key.weight,
+            self.attn.weight, self.attn.bias, self.value.weight, self.value.bias, self.attn_scale, self.attn_shift,
+            self.shift, self.se_reduce.weight, self.se_reduce.bias, self.se_expand.weight, self.se_expand.bias)
+        settings = CotSettings(
+            self.kernel_size, self.dilation, self.key_embed.groups, self.groups, self.tap_by_tap, self.eps)
+        return parameters, settings
 
     def _fuse_contexts(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         if self.tap_by_tap:
@@ -219,28 +181,6 @@ class FusedCotLayer(nn.Module):
         scale = (var + self.eps).rsqrt() * self.attn_scale.view(taps, -1, 1, 1)
         shift = self.attn_shift.view(taps, -1, 1, 1) - mean * scale
         return (attn * scale + shift).to(attn.dtype).transpose(1, 2)
-
-    @torch.jit.unused
-    def can_run_native(self, value: torch.Tensor) -> bool:
-        """Whether the kernels of `native.c` do what comes behind the convolutions, where `can_run_packed(value)`."""
-        return (
-            native.why_not_sizes(self.kernel_size, self.num_filters, self.value.out_channels) is None
-            and native.why_not_native(value) is None
-            and all(p.dtype == value.dtype and p.is_contiguous() for p in self._native_parameters())
-        )
-
-    @torch.jit.unused
-    def _native_parameters(self) -> List[torch.Tensor]:
-        """What the kernels read through pointers."""
-        first, last = self.se_reduce, self.se_expand
-        return [self.attn_scale, self.attn_shift, self.shift, first.weight, first.bias, last.weight, last.bias]
-
-    @torch.jit.unused
-    def _fuse_contexts_native(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
-        gamma, beta, *others = (p.data_ptr() for p in self._native_parameters())
-        parameters = native.Parameters(gamma, beta, self.eps, *others, self.se_expand.in_channels)
-        return native.fuse_contexts(
-            value, attn, static, parameters, self.kernel_size, self.dilation, self.groups, self.tap_by_tap)
 
 
 class FusedBottleneck(nn.Module):
@@ -358,7 +298,7 @@ class StemFold:
         return nn.Identity()
 
     def fuse_act(self) -> nn.Module:
-        if not (self.folded and isinstance(self.conv, FusedConv2d) and type(self.act) in _POST_OPS):
+        if not (self.folded and isinstance(self.conv, FusedConv2d) and type(self.act) in POST_OPS):
             return self.act
         self.conv.act = self.act
         return nn.Identity()
