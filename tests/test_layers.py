@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
 from timm_cotnet.layers import grouped_local_conv
+from timm_cotnet.ops import native
 
 LAYERS = {
     'cot_dim64_k3': lambda: CotLayer(64, 3),
@@ -144,3 +145,15 @@ def test_norm_layer_device_and_dtype():
     assert layer(torch.randn(1, 16, 5, 5, dtype=torch.float64)).dtype == torch.float64
     assert layer.fuse() is layer  # nothing to fold
     assert all(p.is_meta for p in CoxtLayer(32, device='meta').parameters())
+
+
+def test_key_convolution_runs_on_its_kernels():
+    """By Winograd's algorithm where there are kernels, as a convolution where there are none, with equal results."""
+    layer = filled(CotLayer(32)).float()
+    conv = layer.key_embed[0]
+    x = golden_input((2, 32, 9, 6), 'x').float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = conv(x)
+    if not isinstance(native.load(torch.float32, 'key_conv.c'), str):
+        assert type(out.grad_fn).__name__ == 'KeyConvBackward'
+    assert (out - nn.Conv2d.forward(conv, x)).abs().max() < 1e-5 * out.abs().max()
+    assert type(conv(x.contiguous()).grad_fn).__name__ == 'ConvolutionBackward0'

@@ -71,12 +71,12 @@ def test_filters_are_packed_once_for_each_input_and_again_when_they_change():
     conv2d_act(x, weight, *rest)
     kept = folded._PACKED[id(weight)]
     conv2d_act(x[:1], weight, *rest)
-    first, second = kept.by_input.values()
+    first, second = kept.made.values()
     conv2d_act(x, weight, *rest)
-    assert [id(p) for p in kept.by_input.values()] == [id(first), id(second)]
+    assert [id(p) for p in kept.made.values()] == [id(first), id(second)]
     for rows in (1, 2, 3):
         conv2d_act(x[:, :, :rows], weight, *rest)
-        assert len(kept.by_input) == 2
+        assert len(kept.made) == 2
     weight.add_(1)
     assert (conv2d_act(x, weight, *rest) - expected(x, weight, *rest)).abs().max() < 1e-5
     weight.data = weight + 1  # other memory, the same version

@@ -16,6 +16,7 @@ from .fused import FusedCotLayer
 from .ops import grouped_local_conv
 from .ops.batch_norm import batch_norm_act, conv_batch_norm_act
 from .ops.contexts import can_train_native, train_contexts
+from .ops.key_conv import KeyConv, why_not_key_conv
 from .ops.watch import are_watched
 
 SHARE_PLANES = 8  # number of channels that share one dynamic filter
@@ -39,6 +40,24 @@ def run_sequential(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
         else:
             x = layer(x)
     return x
+
+
+class KeyConv2d(nn.Conv2d):
+    """The grouped k x k convolution over the keys, by Winograd's algorithm where there are kernels for it.
+
+    (B, dim, H, W) -> (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int, groups: int, device=None, dtype=None):
+        super().__init__(
+            dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=groups, bias=False,
+            device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if why_not_key_conv(x, self.weight, self.groups, None, self.stride, self.padding, self.dilation) is None:
+                return KeyConv.apply(x, self.weight, self.groups)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class QueryKeyConv2d(nn.Conv2d):
@@ -125,9 +144,7 @@ class CotLayer(nn.Module):
         num_filters = dim // SHARE_PLANES
 
         self.key_embed = nn.Sequential(
-            nn.Conv2d(
-                dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation,
-                groups=self.KEY_GROUPS, bias=False, **dd),
+            KeyConv2d(dim, kernel_size, dilation, self.KEY_GROUPS, **dd),
             norm_layer(dim, **dd),
             nn.ReLU(inplace=True),
         )
@@ -228,7 +245,7 @@ class CoTAttention(nn.Module):
         self.dim = dim
         self.kernel_size = kernel_size
         self.key_embed = nn.Sequential(
-            nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=4, bias=False, **dd),
+            KeyConv2d(dim, kernel_size, 1, 4, **dd),
             nn.BatchNorm2d(dim, **dd),
             nn.ReLU(inplace=True),
         )

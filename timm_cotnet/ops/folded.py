@@ -7,8 +7,9 @@ and activations in passes of their own. What is exported, scripted or traced see
 Filters are packed again when they change, as told by their version; `p.data.mul_()` does not raise it. A NaN may end in
 oneDNN's ReLU, which makes it zero.
 """
+import functools
 import weakref
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Hashable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from . import native
+from .key_conv import key_conv, transform_filters, why_not_key_conv
 from .watch import is_traced
 
 POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
@@ -62,7 +64,7 @@ class _Packed(NamedTuple):
     """What is kept of a filter."""
     weight: weakref.ref
     version: int
-    by_input: Dict[Tuple, torch.Tensor]
+    made: Dict[Hashable, torch.Tensor]  # by what for
 
 
 _PACKED: Dict[int, _Packed] = {}  # by the filter's id
@@ -105,9 +107,15 @@ def conv2d_act(
     ):
         return _plain(x, weight, bias, addend, stride, padding, dilation, groups, act)
     x = x.contiguous(memory_format=torch.channels_last)
-    as_linear = addend is None and groups == 1 and weight.shape[2] == weight.shape[3] == 1 \
-        and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)  # less fixed cost for each call
-    packed = _pack(x, weight, as_linear, stride, padding, dilation, groups)
+    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
+    if groups > 1 and addend is None and act != 'swish' \
+            and why_not_key_conv(x, weight, groups, bias, stride, padding, dilation) is None:
+        filters = _keep(weight, 'transformed', lambda weight: transform_filters(weight, groups))
+        return key_conv(x, filters, bias, act == 'relu')
+    as_linear = addend is None and groups == 1 and weight.shape[2:] == (1, 1) and stride == (1, 1) \
+        and padding == (0, 0)  # less fixed cost for each call
+    pack = functools.partial(_pack, x=x, as_linear=as_linear, geometry=(padding, stride, dilation, groups))
+    packed = _keep(weight, (x.shape, as_linear), pack)
     ops = torch.ops.mkldnn
     if as_linear:
         x = x.permute(0, 2, 3, 1)
@@ -121,25 +129,26 @@ def conv2d_act(
     return ops._convolution_pointwise.binary(x, addend, *args, 'add', 1.0, act, [], '')
 
 
-def _pack(x, weight, as_linear: bool, stride, padding, dilation, groups: int) -> torch.Tensor:
-    """The filters in oneDNN's order for inputs like x."""
+def _keep(weight: torch.Tensor, made_for: Hashable, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """make(weight), for as long as the filters neither change nor die."""
     kept = _PACKED.get(id(weight))
     if kept is None or kept.weight() is not weight or kept.version != weight._version:
         key = id(weight)
         kept = _PACKED[key] = _Packed(weakref.ref(weight, lambda _: _PACKED.pop(key, None)), weight._version, {})
-    made_for = (x.shape, as_linear, weight.data_ptr())
-    packed = kept.by_input.get(made_for)
+    made_for = (made_for, weight.data_ptr())
+    packed = kept.made.get(made_for)
     if packed is None:
-        weight = weight.detach()
-        if as_linear:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
-        else:
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
-        while len(kept.by_input) >= _MAX_PACKED:
-            kept.by_input.pop(next(iter(kept.by_input)))
-        kept.by_input[made_for] = packed
+        while len(kept.made) >= _MAX_PACKED:
+            kept.made.pop(next(iter(kept.made)))
+        packed = kept.made[made_for] = make(weight.detach())
     return packed
+
+
+def _pack(weight: torch.Tensor, x: torch.Tensor, as_linear: bool, geometry: Tuple) -> torch.Tensor:
+    """The filters in oneDNN's order for inputs like x."""
+    if as_linear:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, x.shape)
 
 
 def _plain(x, weight, bias, addend, stride, padding, dilation, groups: int, act: str) -> torch.Tensor:
