@@ -7,8 +7,7 @@ import torch
 import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from timm_cotnet.ops import native
-from timm_cotnet.ops import batch_norm, memory
+from timm_cotnet.ops import memory, native, shared_input
 from timm_cotnet.ops.batch_norm import batch_norm_act, conv_batch_norm_act, why_not_fused
 
 LIBRARY = native.load(torch.float32, 'batch_norm.c')
@@ -384,7 +383,7 @@ def run_both(x, conv, norm, act, residual, grad, derive):
 
 @pytest.fixture
 def two_images_at_a_time(monkeypatch):
-    monkeypatch.setattr(batch_norm, 'PART_BYTES', 2 * 4 * 24 * 7 * 9)
+    monkeypatch.setattr(shared_input, 'PART_BYTES', 2 * 4 * 24 * 7 * 9)
 
 
 @needs_native

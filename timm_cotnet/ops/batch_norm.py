@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 
 from .memory import empty_like
 from .native import MAX_NUMBERS, load
+from .shared_input import conv_gradients, images_at_a_time, is_plain_1x1
 from .watch import are_watched, is_traced
 
 _SOURCE = 'batch_norm.c'
-PART_BYTES = 6_500_000  # of a gradient: what caches hold
 
 
 def batch_norm_act(
@@ -64,22 +64,11 @@ def conv_batch_norm_act(
 
 def _images_at_a_time(x: Tensor, conv: nn.Module) -> Optional[int]:
     """How many images the backward of `ConvBatchNormAct` takes at a time; None where it has to be plain."""
-    if (
-            is_traced(x)
-            or type(conv) is not nn.Conv2d
-            or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or conv.bias is not None
-            or not torch.is_grad_enabled()
-            or torch.is_autocast_enabled('cpu')
-            or forward_ad._current_level >= 0
-            or not _is_plain(x, x.shape) or x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last)
-            or not _is_plain(conv.weight, conv.weight.shape) or not conv.weight.requires_grad
-            or x.shape[1] != conv.in_channels
-            or are_watched([conv])
-    ):
+    if not is_plain_1x1(x, conv):
         return None
     (B, C, H, W), (stride_h, stride_w) = x.shape, conv.stride
     made = conv.out_channels * -(-H // stride_h) * -(-W // stride_w)  # numbers of an image
-    images = max(1, PART_BYTES // (4 * made)) if made >= 2 * C * H * W > 0 else B
+    images = images_at_a_time(B, made) if made >= 2 * C * H * W else B
     return images if images < B else None
 
 
@@ -170,9 +159,8 @@ class ConvBatchNormAct(torch.autograd.Function):
         grads_in, grad_conv_weight = [], torch.zeros_like(conv_weight)
         for first in range(0, len(x), ctx.images):
             grad_x = gradients.of_images(first, first + ctx.images)
-            grad_in, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad_x, conv_in[first:first + ctx.images], conv_weight, None, ctx.stride, (0, 0), (1, 1), False,
-                (0, 0), 1, (ctx.needs_input_grad[7], True, False))
+            grad_in, grad_weight = conv_gradients(
+                grad_x, conv_in[first:first + ctx.images], conv_weight, ctx.stride, of_x=ctx.needs_input_grad[7])
             grads_in.append(grad_in)
             grad_conv_weight += grad_weight
         return (
