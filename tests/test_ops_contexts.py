@@ -14,7 +14,10 @@ pytestmark = pytest.mark.skipif(
 LAYERS = [
     (CotLayer, dict(dim=64), (3, 9, 7)), (CotLayer, dict(dim=16, kernel_size=5, dilation=2), (4, 8, 8)),
     (CotLayer, dict(dim=136, kernel_size=7), (2, 5, 6)), (CoxtLayer, dict(dim=96), (2, 6, 5)),
-    (CotLayer, dict(dim=8, kernel_size=1), (2, 3, 1)), (CoxtLayer, dict(dim=32, dilation=3), (5, 1, 4))]
+    (CotLayer, dict(dim=8, kernel_size=1), (2, 3, 1)), (CoxtLayer, dict(dim=32, dilation=3), (5, 1, 4)),
+    (CotLayer, dict(dim=32), (2, 5, 7)), (CotLayer, dict(dim=64, dilation=4), (2, 3, 2)),  # smaller than a filter
+    (CotLayer, dict(dim=128, dilation=2), (2, 5, 9)), (CotLayer, dict(dim=192), (3, 4, 3)),
+    (CoxtLayer, dict(dim=192), (2, 3, 5)), (CoxtLayer, dict(dim=256), (2, 4, 4))]
 
 
 def create(layer_cls, kwargs, seed=0):
@@ -66,6 +69,27 @@ def test_against_double_precision(layer_cls, kwargs, shape, threads):
             assert_close(p.grad, p2.grad, 1e-3)
     for a, b in zip(layer.buffers(), expected.buffers()):
         assert_close(a.double(), b.double())
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('layer_cls, kwargs, shape', LAYERS)
+def test_folded(layer_cls, kwargs, shape, threads, dtype, tolerance, monkeypatch):
+    layer = create(layer_cls, kwargs).eval().to(dtype).double()
+    fused = layer.fuse().to(dtype)
+    x = image(shape[0], kwargs['dim'], *shape[1:]).detach().to(dtype)
+    shapes = []
+    fuse_contexts = native.fuse_contexts
+    monkeypatch.setattr(native, 'fuse_contexts', lambda *args: shapes.append(args[0].shape) or fuse_contexts(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            out, expected = fused(x), layer(x.double())
+    finally:
+        torch.set_num_threads(before)
+    assert shapes == [x.shape] or dtype == torch.bfloat16  # which not every processor takes
+    assert_close(out.double(), expected, tolerance)
 
 
 def test_large_mean():

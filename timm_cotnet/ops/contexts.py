@@ -92,7 +92,7 @@ class FuseContexts(torch.autograd.Function):
         table = value.new_empty(8 * C + 4 * B * logits.shape[1])  # `Norms` of native.c
         out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
         norms = [NormParameters(norm) for norm in (value_bn, group_norm, bn)]
-        _call('contexts_forward', value, ctx.layer, value, logits, static, *norms, table, _scratch(value), out, pooled)
+        _call('contexts_forward', value, ctx.layer, value, logits, static, *norms, table, out, pooled)
         for norm in (value_bn, bn):
             norm.num_batches_tracked.add_(1)
             for statistic in (norm.running_mean, norm.running_var):
@@ -110,14 +110,15 @@ class FuseContexts(torch.autograd.Function):
             return FuseContexts._differentiable_gradients(ctx, grad, value, logits, static, *parameters)
         value, logits, static, grad = (
             t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static, grad))
-        x, grad_attn, scratch = torch.empty_like(value), torch.empty_like(attn), _scratch(value)
-        _call('contexts_recompute', value, ctx.layer, value, logits, static, table, grad, scratch, x, grad_attn)
+        x, grad_attn = torch.empty_like(value), torch.empty_like(attn)
+        act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
+        _call('contexts_recompute', value, ctx.layer, value, logits, static, table, grad, x, act_sums, grad_attn)
         grad_pooled, *se_grads = _se_gradients(pooled, parameters[6:], ctx.layer.eps[3], grad_attn)
         grads = [torch.empty_like(t) for t in (static, value, logits)]
         grad_norms = table.new_empty(sum(p.numel() for p in parameters[:6]))
         _call(
-            'contexts_backward', value, ctx.layer, value, logits, table, *parameters[0:6:2], grad, x, attn,
-            grad_pooled / value[0, 0].numel(), scratch, *grads, grad_norms)
+            'contexts_backward', value, ctx.layer, value, logits, table, *parameters[0:6:2], grad, x, act_sums,
+            attn, grad_pooled / value[0, 0].numel(), *grads, grad_norms)
         return grads[1], grads[2], grads[0], None, *grad_norms.split([p.numel() for p in parameters[:6]]), *se_grads
 
     @staticmethod
@@ -173,11 +174,6 @@ def _se_gradients(pooled: torch.Tensor, parameters, eps: float, grad: torch.Tens
         inputs = [t.detach().requires_grad_() for t in (pooled, *parameters)]
         attn = _static_weight(_se_reference(inputs[0], inputs[1:], eps))
         return torch.autograd.grad(attn, inputs, grad)
-
-
-def _scratch(value: torch.Tensor) -> torch.Tensor:
-    """An image for each thread, from here as memory that threads allocate themselves is fresh each time."""
-    return value.new_empty(min(torch.get_num_threads(), len(value)), value[0].numel())
 
 
 def _call(function: str, value: torch.Tensor, layer: Settings, *args) -> None:

@@ -36,196 +36,381 @@ typedef struct {
 
 /* exp(x) by 2^n * p(r), |r| <= ln(2) / 2, in straight-line code that compilers vectorize; about one ulp. */
 static inline float exponential(float x) {
-    x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23, which leaves n in the lowest bits */
+    float n = shifted - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+    float p = 1.3813133008e-3f;
+    p = p * r + 8.3694243348e-3f;
+    p = p * r + 4.1668457333e-2f;
+    p = p * r + 1.6666514745e-1f;
+    p = p * r + 4.9999993048e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits, exponent;
+    memcpy(&bits, &p, 4);
+    memcpy(&exponent, &shifted, 4);
+    bits += exponent << 23;
+    memcpy(&p, &bits, 4);
+    return p;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* The taps of a pixel that lie inside the image: their indices and their distances in memory, in pixels. */
-static inline int valid_taps(const Shape *s, long h, long w, int *tap, long *offset) {
-    int n = 0;
-    for (long i = 0; i < s->kernel_size; i++) {
-        for (long j = 0; j < s->kernel_size; j++) {
-            long y = h + (i - s->kernel_size / 2) * s->dilation, x = w + (j - s->kernel_size / 2) * s->dilation;
-            if (y >= 0 && y < s->height && x >= 0 && x < s->width) {
-                tap[n] = i * s->kernel_size + j;
-                offset[n++] = (y - h) * s->width + x - w;
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+/* GCC's and Clang's vectors, as neither keeps the sums of plain loops in registers. */
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+/* The number of each lane. */
+static const Ints LANE = {
+    0, 1, 2, 3,
+#if LANES > 4
+    4, 5, 6, 7,
+#endif
+#if LANES > 8
+    8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+};
+
+static inline Floats load_floats(const float *from) {
+    Floats out;
+    memcpy(&out, from, sizeof(out));
+    return out;
+}
+
+static inline void store_floats(float *to, Floats value) { memcpy(to, &value, sizeof(value)); }
+
+/* Lane l of the result is lane from[l] of x. */
+static inline Floats permute(Floats x, Ints from) {
+#ifdef __clang__
+    Floats out;
+    for (int l = 0; l < LANES; l++) out[l] = x[from[l]];
+    return out;
+#else
+    return __builtin_shuffle(x, from);
+#endif
+}
+
+/* How filters, (taps, G), go into vectors: the `step` filters of a slice fill `blocks` of them, the last maybe in part,
+   or stand side by side in one, `repeats` times, as every `step` channels use the same. Lanes that are left over hold
+   anything. What comes of them falls on channels that are written later, or behind the last channel, where memory has
+   room for LANES numbers more, as it has behind the last filter. */
+typedef struct {
+    long step, blocks, repeats;
+    Ints repeat; /* the lane that comes into each lane */
+} Lanes;
+
+static Lanes lanes_of(const Shape *s) {
+    Lanes lanes = {.step = s->groups / s->slices, .repeats = 1};
+    lanes.blocks = (lanes.step + LANES - 1) / LANES;
+    for (long r = 1; r * lanes.step <= LANES; r++)
+        if (s->channels / s->groups % r == 0) lanes.repeats = r;
+    for (int l = 0; l < LANES; l++) lanes.repeat[l] = lanes.repeats > 1 ? l % lanes.step : l;
+    return lanes;
+}
+
+/* out[c] = sum over taps of x[tap][c] * filters[tap][filter of c] for all channels of a pixel. */
+static inline __attribute__((always_inline)) void weighted_sums_of(
+        const Shape *s, const Lanes *lanes, long taps, const float *const *x, const float *const *filters, float *out) {
+    long width = s->channels / s->slices, apart = lanes->repeats * lanes->step;
+    for (long slice = 0; slice < s->slices; slice++)
+        for (long block = lanes->blocks - 1; block >= 0; block--) {
+            Floats filter[MAX_TAPS];
+            for (long t = 0; t < taps; t++)
+                filter[t] = permute(load_floats(filters[t] + slice * lanes->step + block * LANES), lanes->repeat);
+            for (long c = slice * width + block * LANES; c < (slice + 1) * width; c += apart) {
+                Floats sum = {0};
+                for (long t = 0; t < taps; t++) sum += load_floats(x[t] + c) * filter[t];
+                store_floats(out + c, sum);
             }
         }
-    }
-    return n;
 }
 
-/* out[c] = sum over n taps of x[offset of tap][c] * filters[tap][filter of c], for `lanes` filters from `first`
-   on. Written in GCC's and Clang's vectors, as neither keeps the sums of plain loops in registers. */
-#define DEFINE_WEIGHTED_SUM(lanes) \
-    typedef float Floats##lanes __attribute__((vector_size(4 * lanes))); \
-    static inline void weighted_sum##lanes( \
-            const Shape *s, const SCALAR *x, const float *filters, const int *tap, const long *offset, int n, \
-            float *out, long first) { \
-        long step = s->groups / s->slices, slice = first / step, width = s->channels / s->slices; \
-        for (long c = slice * width + first % step; c < (slice + 1) * width; c += step) { \
-            Floats##lanes sum = {0}, filter, in; \
-            for (int t = 0; t < n; t++) { \
-                const SCALAR *from = x + offset[t] * s->channels + c; \
-                for (int l = 0; l < lanes; l++) in[l] = load(from[l]); \
-                memcpy(&filter, filters + tap[t] * s->groups + first, sizeof(filter)); \
-                sum += in * filter; \
-            } \
-            memcpy(out + c, &sum, sizeof(sum)); \
-        } \
-    }
-#ifdef __AVX512F__
-DEFINE_WEIGHTED_SUM(16)
-#endif
-#ifdef __AVX__
-DEFINE_WEIGHTED_SUM(8)
-#endif
-DEFINE_WEIGHTED_SUM(4)
-DEFINE_WEIGHTED_SUM(1)
+/* Compilers unroll the loops over the taps of the usual filters and keep these in registers. */
+static void weighted_sums(
+        const Shape *s, const Lanes *lanes, const float *const *x, const float *const *filters, float *out) {
+    if (s->kernel_size == 3) weighted_sums_of(s, lanes, 9, x, filters, out);
+    else weighted_sums_of(s, lanes, s->kernel_size * s->kernel_size, x, filters, out);
+}
 
-/* One pixel of the local convolution; filters is (taps, G) in float. */
+/* Room for a row of pixels, in whole cache lines. */
+static long row_size(const Shape *s, long numbers) { return (s->width * numbers + LANES + 15) / 16 * 16; }
+
+/* Memory that begins a cache line, as loads across two take twice the time. */
+static float *allocate(long numbers) { return aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64); }
+
+/* The rows of an image that filters on one row reach, in float, each between zeros: taps need no checks for borders.
+   Of a pixel there are `numbers`. The first row in memory is zero; row y of the image lies behind it, at y % rows. */
+typedef struct {
+    long numbers, reach, pad, rows, row_size, next;
+    float *memory;
+} Window;
+
+static Window new_window(const Shape *s, long numbers, long first_row) {
+    long reach = s->kernel_size / 2 * s->dilation, rows = 2 * reach + 1, pad = reach < s->width ? reach : s->width;
+    rows = rows < s->height ? rows : s->height;
+    long row_size = (s->width + 2 * pad) * numbers, size = (rows + 1) * row_size + LANES;
+    float *memory = allocate(size);
+    memset(memory, 0, size * sizeof(float));
+    return (Window){numbers, reach, pad, rows, row_size, first_row > reach ? first_row - reach : 0, memory};
+}
+
+/* The first pixel of row y. */
+static inline float *window_row(const Shape *s, const Window *window, long y) {
+    long row = y < 0 || y >= s->height ? 0 : 1 + y % window->rows;
+    return window->memory + row * window->row_size + window->pad * window->numbers;
+}
+
+/* The next row to be filled in before the filters of row h can be applied, or -1. */
+static inline long next_row(const Shape *s, Window *window, long h) {
+    return window->next < s->height && window->next <= h + window->reach ? window->next++ : -1;
+}
+
+/* For each tap, what it finds at the first pixel of row h. */
+static void window_taps(const Shape *s, const Window *window, long h, const float **taps) {
+    long k = s->kernel_size;
+    for (long t = 0; t < k * k; t++) {
+        long x = (t % k - k / 2) * s->dilation;
+        x = x > window->pad ? window->pad : x < -window->pad ? -window->pad : x;
+        taps[t] = window_row(s, window, h + (t / k - k / 2) * s->dilation) + x * window->numbers;
+    }
+}
+
+/* x * scale + bias for pixels of n channels, or only x in float. */
+static void normalize(
+        const SCALAR *restrict x, long pixels, long n, const float *restrict scale, const float *restrict bias,
+        float *restrict out) {
+    if (scale == NULL)
+        for (long i = 0; i < pixels * n; i++) out[i] = load(x[i]);
+    else
+        for (long p = 0; p < pixels; p++)
+            for (long c = 0; c < n; c++) out[p * n + c] = load(x[p * n + c]) * scale[c] + bias[c];
+}
+
+static inline void fill_window(
+        const Shape *s, Window *window, long h, const SCALAR *image, const float *scale, const float *bias) {
+    for (long y; (y = next_row(s, window, h)) >= 0;)
+        normalize(
+            image + y * s->width * window->numbers, s->width, window->numbers, scale, bias, window_row(s, window, y));
+}
+
+static inline Floats choose(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
+
+/* In each lane, what is in vector u goes to vector u + by, modulo 9. */
+static inline void rotate9(Floats *x, Ints by) {
+    for (int step = 1; step < 9; step *= 2) {
+        Floats from[9];
+        memcpy(from, x, sizeof(from));
+        for (int u = 0; u < 9; u++) x[u] = choose((by & step) != 0, from[(u + 9 - step) % 9], from[u]);
+    }
+}
+
+/* Filters of a row of pixels from (W, G, taps) to (W, taps, G). Of 9 taps, LANES filters at once fill 9 vectors. Lane l
+   of vector r holds tap LANES * r + l, modulo 9, and as 9 is odd, no two numbers of a tap lie in the same lane. So
+   lanes change vectors, each by its own distance, and then the lanes of each vector are ordered. */
+static void order_by_taps(const Shape *s, const float *from, float *to) {
+    long taps = s->kernel_size * s->kernel_size, groups = s->groups, count = s->width * groups, i = 0;
+    if (taps == 9 && (groups % LANES == 0 || LANES % groups == 0))
+        for (; i + LANES <= count; i += LANES) {
+            Floats x[9];
+            for (int r = 0; r < 9; r++) x[LANES * r % 9] = load_floats(from + 9 * i + LANES * r);
+            rotate9(x, LANE % 9);
+            for (long first = 0; first < LANES; first += groups) { /* lanes of other pixels are written over later */
+                float *pixel = to + (i + first) / groups * 9 * groups + i % groups;
+                for (int t = 0; t < 9; t++)
+                    store_floats(pixel + t * groups, permute(x[t], (LANE * 9 + (int)first * 9 + t) & (LANES - 1)));
+            }
+        }
+    for (; i < count; i++)
+        for (long t = 0; t < taps; t++) to[(i / groups * taps + t) * groups + i % groups] = from[i * taps + t];
+}
+
+#ifndef BFLOAT16
+/* And back. */
+static void order_by_filters(const Shape *s, const float *from, float *to) {
+    long taps = s->kernel_size * s->kernel_size, groups = s->groups, count = s->width * groups, i = 0;
+    if (taps == 9 && (groups % LANES == 0 || LANES % groups == 0))
+        for (; i + LANES <= count; i += LANES) {
+            Floats x[9] = {0};
+            for (int first = 0; first < LANES; first += groups) {
+                const float *pixel = from + (i + first) / groups * 9 * groups + i % groups;
+                for (int t = 0; t < 9; t++) {
+                    Ints lane = ((LANE - t) * 9) & (LANES - 1); /* 9 * 9 is 1, modulo LANES */
+                    Floats tap = permute(load_floats(pixel + t * groups), (lane - first) & (LANES - 1));
+                    x[t] = choose(lane >= first, tap, x[t]);
+                }
+            }
+            rotate9(x, 8 - (LANE + 8) % 9);
+            for (int r = 0; r < 9; r++) store_floats(to + 9 * i + LANES * r, x[LANES * r % 9]);
+        }
+    for (; i < count; i++)
+        for (long t = 0; t < taps; t++) to[i * taps + t] = from[(i / groups * taps + t) * groups + i % groups];
+}
+#endif
+
+/* The filters of a row of pixels, normalized, (W, taps, G). */
+static void load_filters(
+        const Shape *s, const SCALAR *logits, const float *scale, const float *bias, float *scratch, float *filters) {
+    long n = s->groups * s->kernel_size * s->kernel_size;
+    normalize(logits, s->width, n, scale, bias, s->stride_g == 1 ? filters : scratch);
+    if (s->stride_g != 1) order_by_taps(s, scratch, filters);
+}
+
+/* One pixel of the local convolution: `row` is what each tap finds at the first pixel of the row. */
 static inline void local_conv_pixel(
-        const Shape *s, const SCALAR *x, const float *filters, const int *tap, const long *offset, int n, float *out) {
-    long step = s->groups / s->slices;
-    for (long end = step, g = 0; end <= s->groups; end += step) {
-#ifdef __AVX512F__
-        for (; g + 16 <= end; g += 16) weighted_sum16(s, x, filters, tap, offset, n, out, g);
-#endif
-#ifdef __AVX__
-        for (; g + 8 <= end; g += 8) weighted_sum8(s, x, filters, tap, offset, n, out, g);
-#endif
-        for (; g + 4 <= end; g += 4) weighted_sum4(s, x, filters, tap, offset, n, out, g);
-        for (; g < end; g++) weighted_sum1(s, x, filters, tap, offset, n, out, g);
-    }
-}
-
-/* One pixel's filters, (taps, G) in float whatever their order in memory. */
-static inline void load_filters(const Shape *s, const SCALAR *weight, float *filters) {
+        const Shape *s, const Lanes *lanes, const float *const *row, const float *filters, long w, float *out) {
+    const float *x[MAX_TAPS], *filter[MAX_TAPS];
     long taps = s->kernel_size * s->kernel_size;
-    for (long t = 0; t < taps; t++)
-        for (long g = 0; g < s->groups; g++)
-            filters[t * s->groups + g] = load(weight[g * s->stride_g + t * s->stride_t]);
+    for (long t = 0; t < taps; t++) {
+        x[t] = row[t] + w * s->channels;
+        filter[t] = filters + (w * taps + t) * s->groups;
+    }
+    weighted_sums(s, lanes, x, filter, out);
 }
 
 /* The local convolution. */
 void local_conv(const Shape *s, const SCALAR *x, const SCALAR *weight, SCALAR *out, int threads) {
-    long n = s->groups * s->kernel_size * s->kernel_size;
+    long n = s->groups * s->kernel_size * s->kernel_size, pixels = s->height * s->width, rows = s->batch * s->height;
+    long size = row_size(s, n);
+    const Lanes lanes = lanes_of(s);
 #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < s->batch * s->height; row++) {
-        float filters[n], sum[s->channels];
-        int tap[MAX_TAPS];
-        long offset[MAX_TAPS];
-        for (long w = 0; w < s->width; w++) {
-            long at = row * s->width + w;
-            load_filters(s, weight + at * n, filters);
-            int count = valid_taps(s, row % s->height, w, tap, offset);
-            local_conv_pixel(s, x + at * s->channels, filters, tap, offset, count, sum);
-            for (long c = 0; c < s->channels; c++) out[at * s->channels + c] = store(sum[c]);
+    for (int i = 0; i < threads; i++) {
+        float *filters = allocate(2 * size), sum[s->channels + LANES];
+        const float *taps[MAX_TAPS];
+        for (long row = i * rows / threads, end = (i + 1) * rows / threads; row < end;) {
+            long b = row / s->height;
+            Window values = new_window(s, s->channels, row % s->height);
+            for (; row < end && row / s->height == b; row++) {
+                fill_window(s, &values, row % s->height, x + b * pixels * s->channels, NULL, NULL);
+                window_taps(s, &values, row % s->height, taps);
+                load_filters(s, weight + row * s->width * n, NULL, NULL, filters + size, filters);
+                for (long w = 0; w < s->width; w++) {
+                    SCALAR *to = out + (row * s->width + w) * s->channels;
+                    local_conv_pixel(s, &lanes, taps, filters, w, sum);
+                    for (long c = 0; c < s->channels; c++) to[c] = store(sum[c]);
+                }
+            }
+            free(values.memory);
         }
+        free(filters);
     }
 }
 
-#ifndef BFLOAT16 /* the input gradient is summed where it is stored */
-/* What the output gradient of a pixel adds to the input gradient, and the gradient of its filters, (taps, G). */
-#define DEFINE_GRADIENTS(lanes) \
-    static inline void gradients##lanes( \
-            const Shape *s, const float *grad, const float *x, const float *filters, const int *tap, \
-            const long *offset, int n, float *grad_x, float *grad_filters, long first) { \
-        long step = s->groups / s->slices, slice = first / step, width = s->channels / s->slices; \
-        for (int t = 0; t < n; t++) { \
-            Floats##lanes sum = {0}, filter, in, g, out; \
-            memcpy(&filter, filters + tap[t] * s->groups + first, sizeof(filter)); \
-            for (long c = slice * width + first % step; c < (slice + 1) * width; c += step) { \
-                long at = offset[t] * s->channels + c; \
-                memcpy(&g, grad + c, sizeof(g)); \
-                memcpy(&in, x + at, sizeof(in)); \
-                memcpy(&out, grad_x + at, sizeof(out)); \
-                sum += g * in; \
-                out += g * filter; \
-                memcpy(grad_x + at, &out, sizeof(out)); \
-            } \
-            memcpy(grad_filters + tap[t] * s->groups + first, &sum, sizeof(sum)); \
-        } \
+#ifndef BFLOAT16
+/* Gradients of a pixel's filters, (taps, G): sums over their channels of x[tap][c] * grad[c]. */
+static inline __attribute__((always_inline)) void products_of(
+        const Shape *s, const Lanes *lanes, long taps, const float *const *x, const float *grad, float *sums) {
+    long width = s->channels / s->slices, apart = lanes->repeats * lanes->step;
+    long count = s->slices * lanes->blocks * LANES, i = 0;
+    float vectors[taps * count];
+    for (long slice = 0; slice < s->slices; slice++)
+        for (long block = 0; block < lanes->blocks; block++, i++) {
+            Floats sum[MAX_TAPS];
+            for (long t = 0; t < taps; t++) sum[t] = (Floats){0};
+            for (long c = slice * width + block * LANES; c < (slice + 1) * width; c += apart) {
+                Floats g = load_floats(grad + c);
+                for (long t = 0; t < taps; t++) sum[t] += load_floats(x[t] + c) * g;
+            }
+            for (long t = 0; t < taps; t++) {
+                Floats total = sum[t];
+                for (int r = 1; r < lanes->repeats; r++)
+                    total += permute(sum[t], (LANE + r * (int)lanes->step) & (LANES - 1));
+                store_floats(vectors + t * count + i * LANES, total);
+            }
+        }
+    for (long t = 0; t < taps; t++) { /* in this order, for lanes that are left over */
+        const float *from = vectors + t * count;
+        for (long slice = 0; slice < s->slices; slice++)
+            for (long block = 0; block < lanes->blocks; block++, from += LANES)
+                store_floats(sums + t * s->groups + slice * lanes->step + block * LANES, load_floats(from));
     }
-#ifdef __AVX512F__
-DEFINE_GRADIENTS(16)
-#endif
-#ifdef __AVX__
-DEFINE_GRADIENTS(8)
-#endif
-DEFINE_GRADIENTS(4)
-DEFINE_GRADIENTS(1)
+}
 
-/* The same for all filters of the pixel. */
-static inline void add_gradients(
-        const Shape *s, const float *grad, const float *x, const float *filters, const int *tap, const long *offset,
-        int n, float *grad_x, float *grad_filters) {
-    long step = s->groups / s->slices;
-#define GRADIENTS(lanes) \
-    for (; g + lanes <= end; g += lanes) gradients##lanes(s, grad, x, filters, tap, offset, n, grad_x, grad_filters, g);
-    for (long end = step, g = 0; end <= s->groups; end += step) {
-#ifdef __AVX512F__
-        GRADIENTS(16)
-#endif
-#ifdef __AVX__
-        GRADIENTS(8)
-#endif
-        GRADIENTS(4)
-        GRADIENTS(1)
+static void products(const Shape *s, const Lanes *lanes, const float *const *x, const float *grad, float *sums) {
+    if (s->kernel_size == 3) products_of(s, lanes, 9, x, grad, sums);
+    else products_of(s, lanes, s->kernel_size * s->kernel_size, x, grad, sums);
+}
+
+/* Both gradients of the local convolution for row h; those of the filters are (W, G, taps). That of a value is a local
+   convolution as well, of the output gradients, each with the filter that stands where the gradient does. */
+static void local_conv_backward_row(
+        const Shape *s, const Lanes *lanes, const Window *values, const Window *filters, const Window *grads, long h,
+        float *scratch, float *grad_x, float *grad_filters) {
+    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
+    const float *value[MAX_TAPS], *filter[MAX_TAPS], *grad[MAX_TAPS], *x[MAX_TAPS], *f[MAX_TAPS];
+    float sum[channels + LANES];
+    window_taps(s, values, h, value);
+    window_taps(s, filters, h, filter);
+    window_taps(s, grads, h, grad);
+    for (long w = 0; w < s->width; w++) {
+        for (long t = 0; t < taps; t++) x[t] = value[t] + w * channels;
+        products(s, lanes, x, grad[taps / 2] + w * channels, scratch + w * n);
+        for (long t = 0; t < taps; t++) {
+            x[t] = grad[t] + w * channels;
+            f[t] = filter[t] + w * n + (taps - 1 - t) * s->groups;
+        }
+        weighted_sums(s, lanes, x, f, sum);
+        memcpy(grad_x + w * channels, sum, channels * sizeof(float));
     }
+    order_by_filters(s, scratch, grad_filters);
 }
 
 /* Both gradients of the local convolution. Threads share the images. */
 void local_conv_backward(
         const Shape *s, const float *grad, const float *x, const float *weight, float *grad_x, float *grad_weight,
         int threads) {
-    long n = s->groups * s->kernel_size * s->kernel_size, taps = s->kernel_size * s->kernel_size;
-    long pixels = s->height * s->width;
+    long n = s->groups * s->kernel_size * s->kernel_size, pixels = s->height * s->width, channels = s->channels;
+    const Lanes lanes = lanes_of(s);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
-        memset(grad_x + b * pixels * s->channels, 0, pixels * s->channels * sizeof(float));
-        float filters[n], grad_filters[n];
-        int tap[MAX_TAPS];
-        long offset[MAX_TAPS];
-        for (long p = 0; p < pixels; p++) {
-            long at = b * pixels + p;
-            int count = valid_taps(s, p / s->width, p % s->width, tap, offset);
-            load_filters(s, weight + at * n, filters);
-            memset(grad_filters, 0, sizeof(grad_filters));
-            add_gradients(
-                s, grad + at * s->channels, x + at * s->channels, filters, tap, offset, count,
-                grad_x + at * s->channels, grad_filters);
-            for (long t = 0; t < taps; t++)
-                for (long g = 0; g < s->groups; g++)
-                    grad_weight[at * n + g * s->stride_g + t * s->stride_t] = grad_filters[t * s->groups + g];
+        Window values = new_window(s, channels, 0), grads = new_window(s, channels, 0), filters = new_window(s, n, 0);
+        float *scratch = allocate(row_size(s, n));
+        for (long h = 0; h < s->height; h++) {
+            long at = b * pixels + h * s->width;
+            fill_window(s, &values, h, x + b * pixels * channels, NULL, NULL);
+            fill_window(s, &grads, h, grad + b * pixels * channels, NULL, NULL);
+            for (long y; (y = next_row(s, &filters, h)) >= 0;)
+                load_filters(
+                    s, weight + (b * pixels + y * s->width) * n, NULL, NULL, scratch, window_row(s, &filters, y));
+            local_conv_backward_row(
+                s, &lanes, &values, &filters, &grads, h, scratch, grad_x + at * channels, grad_weight + at * n);
         }
+        free(values.memory);
+        free(grads.memory);
+        free(filters.memory);
+        free(scratch);
     }
 }
 #endif
 
-/* Sums over a strip of rows of each of n channels and of its square, both of the difference to the first pixel. */
-static void add_moments(const Shape *s, const SCALAR *image, long n, long row, long end, double *total) {
-    float sum[n], square[n];
-    for (; row < end; row++) { /* short sums in float, long ones in double */
+/* Sums over pixels of each of n channels and of its square, both of the difference to the first pixel of the image. */
+static void add_moments(const SCALAR *restrict image, long n, long pixel, long end, double *restrict total) {
+    float sum[n], square[n], pivot[n];
+    for (long i = 0; i < n; i++) pivot[i] = load(image[i]);
+    while (pixel < end) { /* short sums in float, long ones in double */
+        long stop = pixel + 64 < end ? pixel + 64 : end;
         memset(sum, 0, sizeof(sum));
         memset(square, 0, sizeof(square));
-        for (const SCALAR *x = image + row * s->width * n; x < image + (row + 1) * s->width * n; x += n) {
+        for (; pixel + 4 <= stop; pixel += 4) {
+            const SCALAR *restrict x = image + pixel * n;
             for (long i = 0; i < n; i++) {
-                float d = load(x[i]) - load(image[i]);
+                float a = load(x[i]) - pivot[i], b = load(x[n + i]) - pivot[i];
+                float c = load(x[2 * n + i]) - pivot[i], d = load(x[3 * n + i]) - pivot[i];
+                sum[i] += a + b + (c + d);
+                square[i] += a * a + b * b + (c * c + d * d);
+            }
+        }
+        for (; pixel < stop; pixel++) {
+            for (long i = 0; i < n; i++) {
+                float d = load(image[pixel * n + i]) - pivot[i];
                 sum[i] += d;
                 square[i] += d * d;
             }
@@ -262,17 +447,6 @@ static void norm_affine(
     }
 }
 
-static inline void norm_filters(
-        const Shape *s, const SCALAR *restrict logits, const float *restrict scale, const float *restrict bias,
-        float *restrict filters) {
-    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups;
-    float normed[n], *restrict out = s->stride_g == 1 ? filters : normed;
-    for (long i = 0; i < n; i++) out[i] = load(logits[i]) * scale[i] + bias[i];
-    if (s->stride_g != 1)
-        for (long g = 0; g < s->groups; g++)
-            for (long t = 0; t < taps; t++) filters[t * s->groups + g] = normed[g * taps + t];
-}
-
 static void affine_layer(
         const float *x, long inputs, long outputs, const SCALAR *weight, const SCALAR *bias, float *out) {
     for (long o = 0; o < outputs; o++) {
@@ -291,42 +465,63 @@ typedef struct {
     long hidden;
 } Parameters;
 
+
+/* A pixel of the dynamic context, and what it adds to the sums for the pooling. */
+static inline void shift_act(
+        const float *restrict x, const float *restrict shift, const SCALAR *restrict key, long n, SCALAR *restrict out,
+        float *restrict sum) {
+    for (long c = 0; c < n; c++) {
+        float z = x[c] + shift[c];
+        z *= sigmoid(z);
+        sum[c] += z + load(key[c]);
+        out[c] = store(z);
+    }
+}
+
+static void blend(
+        const SCALAR *restrict key, const float *restrict attn, long n, SCALAR *restrict out) {
+    for (long c = 0; c < n; c++) {
+        float dynamic = load(out[c]);
+        out[c] = store(dynamic + attn[c] * (load(key[c]) - dynamic));
+    }
+}
+
 static void fuse_image(
-        const Shape *s, const Parameters *p, const SCALAR *restrict value, const SCALAR *restrict logits,
-        const SCALAR *restrict key, SCALAR *restrict out, int slices) {
+        const Shape *s, const Parameters *p, const SCALAR *value, const SCALAR *logits,
+        const SCALAR *key, SCALAR *out, int slices) {
     long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
     long pixels = s->height * s->width;
-    const SCALAR *restrict shift = p->shift;
+    const Lanes lanes = lanes_of(s);
     double *moments = calloc(slices * (2 * n + channels), sizeof(double)), *sums = moments + slices * 2 * n;
-    float scale[n], bias[n], pooled[channels], hidden[p->hidden], attn[channels];
+    float scale[n], bias[n], shift[channels], pooled[channels], hidden[p->hidden], attn[channels];
 
 #pragma omp parallel for num_threads(slices)
     for (int i = 0; i < slices; i++)
-        add_moments(s, logits, n, i * s->height / slices, (i + 1) * s->height / slices, moments + i * 2 * n);
+        add_moments(logits, n, i * pixels / slices, (i + 1) * pixels / slices, moments + i * 2 * n);
     for (long i = 2 * n; i < slices * 2 * n; i++) moments[i % (2 * n)] += moments[i];
+    for (long c = 0; c < channels; c++) shift[c] = load(p->shift[c]);
     norm_affine(s, logits, moments, p->gamma, p->beta, p->eps, scale, bias);
 
 #pragma omp parallel for num_threads(slices)
     for (int i = 0; i < slices; i++) {
-        float filters[n], row_sum[channels], dynamic[channels];
-        int tap[MAX_TAPS];
-        long offset[MAX_TAPS];
-        for (long h = i * s->height / slices; h < (i + 1) * s->height / slices; h++) {
+        long first = i * s->height / slices, size = row_size(s, n);
+        float row_sum[channels], dynamic[channels + LANES], *filters = allocate(2 * size);
+        const float *row[MAX_TAPS];
+        Window values = new_window(s, channels, first);
+        for (long h = first; h < (i + 1) * s->height / slices; h++) {
             memset(row_sum, 0, sizeof(row_sum));
+            fill_window(s, &values, h, value, NULL, NULL);
+            window_taps(s, &values, h, row);
+            load_filters(s, logits + h * s->width * n, scale, bias, filters + size, filters);
             for (long w = 0; w < s->width; w++) {
-                long at = h * s->width + w;
-                norm_filters(s, logits + at * n, scale, bias, filters);
-                int count = valid_taps(s, h, w, tap, offset);
-                local_conv_pixel(s, value + at * channels, filters, tap, offset, count, dynamic);
-                for (long c = 0; c < channels; c++) {
-                    float x = dynamic[c] + load(shift[c]);
-                    x *= sigmoid(x);
-                    row_sum[c] += x + load(key[at * channels + c]);
-                    out[at * channels + c] = store(x);
-                }
+                long at = (h * s->width + w) * channels;
+                local_conv_pixel(s, &lanes, row, filters, w, dynamic);
+                shift_act(dynamic, shift, key + at, channels, out + at, row_sum);
             }
             for (long c = 0; c < channels; c++) sums[i * channels + c] += row_sum[c];
         }
+        free(values.memory);
+        free(filters);
     }
 
     for (long c = 0; c < channels; c++) {
@@ -341,17 +536,13 @@ static void fuse_image(
 
 #pragma omp parallel for num_threads(slices)
     for (int i = 0; i < slices; i++) {
-        for (long at = i * pixels / slices; at < (i + 1) * pixels / slices; at++) {
-            for (long c = 0; c < channels; c++) {
-                float dynamic = load(out[at * channels + c]);
-                out[at * channels + c] = store(dynamic + attn[c] * (load(key[at * channels + c]) - dynamic));
-            }
-        }
+        for (long at = i * pixels / slices; at < (i + 1) * pixels / slices; at++)
+            blend(key + at * channels, attn, channels, out + at * channels);
     }
     free(moments);
 }
 
-/* All of a folded CoT layer behind its convolutions. */
+/* All of a folded CoT layer behind its convolutions. out may be value unless there are more threads than images. */
 void fuse_contexts(
         const Shape *s, const Parameters *p, const SCALAR *value, const SCALAR *logits, const SCALAR *key, SCALAR *out,
         int threads) {
@@ -368,9 +559,10 @@ void fuse_contexts(
     }
 }
 
+
 #ifndef BFLOAT16
 /* Training: the same part of a CoT layer forward and backward, in passes over the images, as the norms of a batch need
-   all of it first. Threads share the images; scratch has room for an image of each.
+   all of it first. Threads share the images.
 
    Of a norm, scale and bias give what it puts out, x * scale + bias; x_scale and x_bias give that without its own
    weight. Those of the filters are (B, n), the others (C). Sums and moments are (B, 2, channels). */
@@ -456,45 +648,52 @@ static void image_moments(const Shape *s, const float *x, long n, double *moment
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
         double *total = calloc(2 * n, sizeof(double));
-        add_moments(s, x + b * pixels * n, n, 0, s->height, total);
+        add_moments(x + b * pixels * n, n, 0, pixels, total);
         finish_moments(s, total, x + b * pixels * n, n, moments + b * 2 * n);
         free(total);
     }
 }
 
-static void normalize(
-        const float *restrict x, long pixels, long n, const float *restrict scale, const float *restrict bias,
-        float *restrict out) {
-    for (long p = 0; p < pixels; p++)
-        for (long c = 0; c < n; c++) out[p * n + c] = x[p * n + c] * scale[c] + bias[c];
+/* Row h of image b of the local convolution of normalized values with normalized filters. */
+static void norm_local_conv_row(
+        const Shape *s, const Lanes *lanes, long b, long h, const float *value, const Norm *value_norm,
+        const float *logits, const Norm *filter_norm, Window *values, float *filters, float *out) {
+    long n = s->groups * s->kernel_size * s->kernel_size, channels = s->channels, at = (b * s->height + h) * s->width;
+    float sum[channels + LANES];
+    const float *taps[MAX_TAPS];
+    fill_window(s, values, h, value + b * s->height * s->width * channels, value_norm->scale, value_norm->bias);
+    window_taps(s, values, h, taps);
+    load_filters(s, logits + at * n, filter_norm->scale + b * n, filter_norm->bias + b * n,
+        filters + row_size(s, n), filters);
+    for (long w = 0; w < s->width; w++) {
+        local_conv_pixel(s, lanes, taps, filters, w, sum);
+        memcpy(out + (at + w) * channels, sum, channels * sizeof(float));
+    }
 }
 
-/* Local convolution of the normalized values with the normalized filters, and (unless NULL) its moments. */
+/* That of all images, and its moments. */
 static void norm_local_conv(
         const Shape *s, const float *value, const Norm *value_norm, const float *logits, const Norm *filter_norm,
-        float *scratch, float *out, double *moments, int threads) {
-    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
-    long pixels = s->height * s->width;
-#pragma omp parallel for num_threads(threads)
-    for (int i = 0; i < threads; i++) for (long b = i; b < s->batch; b += threads) {
-        float *normalized = scratch + i * pixels * channels, *image = out + b * pixels * channels;
-        normalize(
-            value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
-        float filters[n];
-        int tap[MAX_TAPS];
-        long offset[MAX_TAPS];
-        for (long p = 0; p < pixels; p++) {
-            norm_filters(
-                s, logits + (b * pixels + p) * n, filter_norm->scale + b * n, filter_norm->bias + b * n, filters);
-            int count = valid_taps(s, p / s->width, p % s->width, tap, offset);
-            local_conv_pixel(s, normalized + p * channels, filters, tap, offset, count, image + p * channels);
+        float *out, double *moments, int threads) {
+    long n = s->groups * s->kernel_size * s->kernel_size, channels = s->channels, pixels = s->height * s->width;
+    const Lanes lanes = lanes_of(s);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        Window values = new_window(s, channels, 0);
+        float *filters = allocate(2 * row_size(s, n)), *image = out + b * pixels * channels;
+        double *total = calloc(2 * channels, sizeof(double));
+        for (long h = 0, done = 0; h < s->height; h++) {
+            norm_local_conv_row(s, &lanes, b, h, value, value_norm, logits, filter_norm, &values, filters, out);
+            long end = (h + 1) * s->width;
+            if (end - done >= 64 || end == pixels) { /* while it is in the cache */
+                add_moments(image, channels, done, end, total);
+                done = end;
+            }
         }
-        if (moments != NULL) {
-            double *total = calloc(2 * channels, sizeof(double));
-            add_moments(s, image, channels, 0, s->height, total);
-            finish_moments(s, total, image, channels, moments + b * 2 * channels);
-            free(total);
-        }
+        finish_moments(s, total, image, channels, moments + b * 2 * channels);
+        free(total);
+        free(filters);
+        free(values.memory);
     }
 }
 
@@ -540,74 +739,37 @@ void contexts_blend(
     }
 }
 
-/* Gradient of attn, (B, C). */
-static void attn_backward(
-        const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm,
-        const float *restrict key, float *grad_attn, int threads) {
-    long channels = s->channels, pixels = s->height * s->width;
+/* Sums over pixels that the gradients of attn and of the norm are made of, (5, C): grad * (key - silu(z)), and silu'(z)
+   times 1, y, grad and grad * y, where z is norm(x) and y is that without the norm's weight. */
+static void add_act_sums(
+        const float *restrict grad, const float *restrict x, const Norm *norm, const float *restrict key, long pixels,
+        long n, float *restrict sums, double *restrict total) {
     const float *restrict scale = norm->scale, *restrict bias = norm->bias;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long b = 0; b < s->batch; b++) {
-        double total[channels];
-        memset(total, 0, sizeof(total));
-        for (long h = 0; h < s->height; h++) {
-            float sum[channels];
-            memset(sum, 0, sizeof(sum));
-            for (long w = 0; w < s->width; w++) {
-                long at = (b * pixels + h * s->width + w) * channels;
-                for (long c = 0; c < channels; c++) {
-                    float z = x[at + c] * scale[c] + bias[c];
-                    sum[c] += grad[at + c] * (key[at + c] - z * sigmoid(z));
-                }
-            }
-            for (long c = 0; c < channels; c++) total[c] += sum[c];
-        }
-        for (long c = 0; c < channels; c++) grad_attn[b * channels + c] = total[c];
-    }
-}
-
-/* Gradients of n channels of norm(x) at one pixel, from those of lerp(silu(norm(x)), key, attn) and of the pooling. */
-static inline void act_backward(
-        const float *restrict grad, const float *restrict x, const Norm *norm, const float *restrict attn,
-        const float *restrict pool_grad, long n, float *restrict out) {
-    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
-    for (long c = 0; c < n; c++) {
-        float z = x[c] * scale[c] + bias[c], y = sigmoid(z);
-        out[c] = (grad[c] * (1 - attn[c]) + pool_grad[c]) * y * (1 + z * (1 - y));
-    }
-}
-
-/* Gradient of the key, and the sums of that of norm(x) and of its product with x without norm's weight. attn and
-   pool_grad (of each pixel) are (B, C). */
-static void blend_backward(
-        const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm, const float *attn,
-        const float *pool_grad, float *restrict grad_key, double *sums, int threads) {
-    long channels = s->channels, pixels = s->height * s->width;
     const float *restrict x_scale = norm->x_scale, *restrict x_bias = norm->x_bias;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long b = 0; b < s->batch; b++) {
-        const float *restrict a = attn + b * channels, *restrict pool = pool_grad + b * channels;
-        double *total = sums + b * 2 * channels;
-        memset(total, 0, 2 * channels * sizeof(double));
-        for (long h = 0; h < s->height; h++) {
-            float sum[channels], product[channels], grad_z[channels];
-            memset(sum, 0, sizeof(sum));
-            memset(product, 0, sizeof(product));
-            for (long w = 0; w < s->width; w++) {
-                long at = (b * pixels + h * s->width + w) * channels;
-                act_backward(grad + at, x + at, norm, a, pool, channels, grad_z);
-                for (long c = 0; c < channels; c++) {
-                    grad_key[at + c] = grad[at + c] * a[c] + pool[c];
-                    sum[c] += grad_z[c];
-                    product[c] += grad_z[c] * (x[at + c] * x_scale[c] + x_bias[c]);
-                }
-            }
-            for (long c = 0; c < channels; c++) {
-                total[c] += sum[c];
-                total[channels + c] += product[c];
-            }
+    memset(sums, 0, 5 * n * sizeof(float));
+    for (long p = 0; p < pixels; p++)
+        for (long c = 0; c < n; c++) {
+            float in = x[p * n + c], g = grad[p * n + c], z = in * scale[c] + bias[c], gate = sigmoid(z);
+            float slope = gate * (1 + z * (1 - gate)), y = in * x_scale[c] + x_bias[c];
+            sums[c] += g * (key[p * n + c] - z * gate);
+            sums[n + c] += slope;
+            sums[2 * n + c] += slope * y;
+            sums[3 * n + c] += slope * g;
+            sums[4 * n + c] += slope * g * y;
         }
-    }
+    for (long i = 0; i < 5 * n; i++) total[i] += sums[i];
+}
+
+/* Sums over the pixels of each image of the gradient of norm(x) and of its product with x without norm's weight. */
+static void blend_sums(
+        const Shape *s, const double *act_sums, const float *attn, const float *pool_grad, double *sums) {
+    long n = s->channels;
+    for (long b = 0; b < s->batch; b++, act_sums += 5 * n, sums += 2 * n)
+        for (long c = 0; c < n; c++) {
+            double a = 1 - attn[b * n + c], pool = pool_grad[b * n + c];
+            sums[c] = a * act_sums[3 * n + c] + pool * act_sums[n + c];
+            sums[n + c] = a * act_sums[4 * n + c] + pool * act_sums[2 * n + c];
+        }
 }
 
 /* The gradient of a norm's input, by factors of each channel: grad * of_grad + x * of_x + rest. */
@@ -663,25 +825,37 @@ static void set_group_norm_backward(
         }
 }
 
-/* Sums of grad, and of its product with x without norm's weight. */
-static void add_products(
-        const Shape *s, const float *restrict grad, const float *restrict x, const Norm *norm, double *sums) {
-    long channels = s->channels;
-    const float *restrict x_scale = norm->x_scale, *restrict x_bias = norm->x_bias;
-    memset(sums, 0, 2 * channels * sizeof(double));
-    for (long h = 0; h < s->height; h++) {
-        float sum[channels], product[channels];
-        memset(sum, 0, sizeof(sum));
-        memset(product, 0, sizeof(product));
-        for (long at = h * s->width * channels; at < (h + 1) * s->width * channels; at += channels)
-            for (long c = 0; c < channels; c++) {
-                sum[c] += grad[at + c];
-                product[c] += grad[at + c] * (x[at + c] * x_scale[c] + x_bias[c]);
-            }
-        for (long c = 0; c < channels; c++) {
-            sums[c] += sum[c];
-            sums[channels + c] += product[c];
+/* Gradients of key and x from those of lerp(silu(norm(x)), key, attn) and of the pooling. */
+static void blend_backward(
+        const float *restrict grad, const float *restrict x, const Norm *norm, const NormBackward *back,
+        const float *restrict attn, const float *restrict pool_grad, long pixels, long n, float *restrict grad_key,
+        float *restrict grad_x) {
+    const float *restrict scale = norm->scale, *restrict bias = norm->bias;
+    const float *restrict of_grad = back->of_grad, *restrict of_x = back->of_x, *restrict rest = back->rest;
+    for (long p = 0; p < pixels; p++)
+        for (long c = 0; c < n; c++) {
+            float in = x[p * n + c], g = grad[p * n + c], z = in * scale[c] + bias[c], y = sigmoid(z);
+            float grad_z = (g * (1 - attn[c]) + pool_grad[c]) * y * (1 + z * (1 - y));
+            grad_key[p * n + c] = g * attn[c] + pool_grad[c];
+            grad_x[p * n + c] = grad_z * of_grad[c] + in * of_x[c] + rest[c];
         }
+}
+
+/* Adds sums of grad, and of its product with x without norm's weight. */
+static void add_products(
+        const float *restrict grad, const float *restrict x, const float *restrict x_scale,
+        const float *restrict x_bias, long pixels, long n, double *restrict total) {
+    float sum[n], product[n];
+    memset(sum, 0, sizeof(sum));
+    memset(product, 0, sizeof(product));
+    for (long p = 0; p < pixels; p++)
+        for (long c = 0; c < n; c++) {
+            sum[c] += grad[p * n + c];
+            product[c] += grad[p * n + c] * (x[p * n + c] * x_scale[c] + x_bias[c]);
+        }
+    for (long c = 0; c < n; c++) {
+        total[c] += sum[c];
+        total[n + c] += product[c];
     }
 }
 
@@ -689,56 +863,42 @@ static void add_products(
 static void norm_local_conv_backward(
         const Shape *s, const float *grad, const float *x, const Norm *norm, const NormBackward *back,
         const float *attn, const float *pool_grad, const float *value, const Norm *value_norm, const float *logits,
-        const Norm *filter_norm, float *scratch, float *grad_value, float *grad_logits, double *value_sums,
+        const Norm *filter_norm, float *grad_key, float *grad_value, float *grad_logits, double *value_sums,
         double *filter_sums, int threads) {
-    long taps = s->kernel_size * s->kernel_size, n = taps * s->groups, channels = s->channels;
-    long pixels = s->height * s->width;
-#pragma omp parallel for num_threads(threads)
-    for (int i = 0; i < threads; i++) for (long b = i; b < s->batch; b += threads) {
-        float *normalized = scratch + i * pixels * channels;
-        const float *restrict of_grad = back->of_grad, *restrict of_x = back->of_x, *restrict rest = back->rest;
-        const float *restrict x_scale = filter_norm->x_scale + b * n, *restrict x_bias = filter_norm->x_bias + b * n;
-        normalize(value + b * pixels * channels, pixels, channels, value_norm->scale, value_norm->bias, normalized);
-        memset(grad_value + b * pixels * channels, 0, pixels * channels * sizeof(float));
-        float filters[n], grad_filters[n], grad_x[channels];
-        int tap[MAX_TAPS];
-        long offset[MAX_TAPS];
-        double *total = filter_sums + b * 2 * n;
-        memset(total, 0, 2 * n * sizeof(double));
+    long n = s->groups * s->kernel_size * s->kernel_size, channels = s->channels, pixels = s->height * s->width;
+    const Lanes lanes = lanes_of(s);
+    memset(value_sums, 0, s->batch * 2 * channels * sizeof(double));
+    memset(filter_sums, 0, s->batch * 2 * n * sizeof(double));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        Window values = new_window(s, channels, 0), grads = new_window(s, channels, 0), filters = new_window(s, n, 0);
+        float *scratch = allocate(row_size(s, n));
         for (long h = 0; h < s->height; h++) {
-            float sum[n], product[n];
-            memset(sum, 0, sizeof(sum));
-            memset(product, 0, sizeof(product));
-            for (long w = 0; w < s->width; w++) {
-                long p = h * s->width + w, at = b * pixels + p;
-                act_backward(
-                    grad + at * channels, x + at * channels, norm, attn + b * channels, pool_grad + b * channels,
-                    channels, grad_x);
-                for (long c = 0; c < channels; c++)
-                    grad_x[c] = grad_x[c] * of_grad[c] + x[at * channels + c] * of_x[c] + rest[c];
-                norm_filters(s, logits + at * n, filter_norm->scale + b * n, filter_norm->bias + b * n, filters);
-                int count = valid_taps(s, h, w, tap, offset);
-                memset(grad_filters, 0, sizeof(grad_filters));
-                add_gradients(
-                    s, grad_x, normalized + p * channels, filters, tap, offset, count, grad_value + at * channels,
-                    grad_filters);
-                float *restrict to = grad_logits + at * n;
-                for (long t = 0; t < taps; t++)
-                    for (long g = 0; g < s->groups; g++)
-                        to[g * s->stride_g + t * s->stride_t] = grad_filters[t * s->groups + g];
-                const float *restrict from = logits + at * n;
-                for (long i = 0; i < n; i++) {
-                    sum[i] += to[i];
-                    product[i] += to[i] * (from[i] * x_scale[i] + x_bias[i]);
-                }
+            long at = b * pixels + h * s->width;
+            fill_window(s, &values, h, value + b * pixels * channels, value_norm->scale, value_norm->bias);
+            for (long y; (y = next_row(s, &grads, h)) >= 0;) {
+                long from = (b * pixels + y * s->width) * channels;
+                blend_backward(
+                    grad + from, x + from, norm, back, attn + b * channels, pool_grad + b * channels, s->width,
+                    channels, grad_key + from, window_row(s, &grads, y));
             }
-            for (long i = 0; i < n; i++) {
-                total[i] += sum[i];
-                total[n + i] += product[i];
-            }
+            for (long y; (y = next_row(s, &filters, h)) >= 0;)
+                load_filters(
+                    s, logits + (b * pixels + y * s->width) * n, filter_norm->scale + b * n, filter_norm->bias + b * n,
+                    scratch, window_row(s, &filters, y));
+            local_conv_backward_row(
+                s, &lanes, &values, &filters, &grads, h, scratch, grad_value + at * channels, grad_logits + at * n);
+            add_products(
+                grad_value + at * channels, value + at * channels, value_norm->x_scale, value_norm->x_bias, s->width,
+                channels, value_sums + b * 2 * channels);
+            add_products(
+                grad_logits + at * n, logits + at * n, filter_norm->x_scale + b * n, filter_norm->x_bias + b * n,
+                s->width, n, filter_sums + b * 2 * n);
         }
-        add_products(s, grad_value + b * pixels * channels, value + b * pixels * channels, value_norm,
-                     value_sums + b * 2 * channels);
+        free(values.memory);
+        free(grads.memory);
+        free(filters.memory);
+        free(scratch);
     }
 }
 
@@ -759,8 +919,8 @@ static void norm_backward(
 /* What lies behind the convolutions, up to the pooled contexts: out is the local convolution. */
 void contexts_forward(
         const Shape *s, const float *value, const float *logits, const float *key, const NormParameters *of_value,
-        const NormParameters *of_filters, const NormParameters *of_dynamic, float *table, float *scratch, float *out,
-        float *pooled, int threads) {
+        const NormParameters *of_filters, const NormParameters *of_dynamic, float *table, float *out, float *pooled,
+        int threads) {
     long n = s->groups * s->kernel_size * s->kernel_size, most = n > s->channels ? n : s->channels;
     Norms norms = norms_at(s, table);
     double *moments = malloc(s->batch * 2 * most * sizeof(double));
@@ -768,26 +928,41 @@ void contexts_forward(
     set_batch_norm(s, moments, of_value, &norms.value);
     image_moments(s, logits, n, moments, threads);
     set_group_norm(s, moments, of_filters, &norms.filters);
-    norm_local_conv(s, value, &norms.value, logits, &norms.filters, scratch, out, moments, threads);
+    norm_local_conv(s, value, &norms.value, logits, &norms.filters, out, moments, threads);
     set_batch_norm(s, moments, of_dynamic, &norms.dynamic);
     pool(s, out, &norms.dynamic, key, pooled, threads);
     free(moments);
 }
 
-/* The local convolution once more, and the gradient of attn. */
+/* The local convolution once more, the gradient of attn, and the sums that the other gradients begin with. */
 void contexts_recompute(
         const Shape *s, const float *value, const float *logits, const float *key, float *table, const float *grad,
-        float *scratch, float *x, float *grad_attn, int threads) {
+        float *x, double *act_sums, float *grad_attn, int threads) {
+    long n = s->groups * s->kernel_size * s->kernel_size, channels = s->channels, pixels = s->height * s->width;
+    const Lanes lanes = lanes_of(s);
     Norms norms = norms_at(s, table);
-    norm_local_conv(s, value, &norms.value, logits, &norms.filters, scratch, x, NULL, threads);
-    attn_backward(s, grad, x, &norms.dynamic, key, grad_attn, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long b = 0; b < s->batch; b++) {
+        Window values = new_window(s, channels, 0);
+        float *filters = allocate(2 * row_size(s, n)), sums[5 * channels];
+        double *total = act_sums + b * 5 * channels;
+        memset(total, 0, 5 * channels * sizeof(double));
+        for (long h = 0; h < s->height; h++) {
+            long at = (b * pixels + h * s->width) * channels;
+            norm_local_conv_row(s, &lanes, b, h, value, &norms.value, logits, &norms.filters, &values, filters, x);
+            add_act_sums(grad + at, x + at, &norms.dynamic, key + at, s->width, channels, sums, total);
+        }
+        for (long c = 0; c < channels; c++) grad_attn[b * channels + c] = total[c];
+        free(filters);
+        free(values.memory);
+    }
 }
 
 /* All other gradients; those of weights and biases of the norms in the order of `Norms`. */
 void contexts_backward(
         const Shape *s, const float *value, const float *logits, float *table, const float *weight_of_value,
         const float *weight_of_filters, const float *weight_of_dynamic, const float *grad, const float *x,
-        const float *attn, const float *pool_grad, float *scratch, float *grad_key, float *grad_value,
+        const double *act_sums, const float *attn, const float *pool_grad, float *grad_key, float *grad_value,
         float *grad_logits, float *grad_parameters, int threads) {
     long channels = s->channels, n = s->groups * s->kernel_size * s->kernel_size, size = s->batch * n;
     size = size > channels ? size : channels;
@@ -797,12 +972,12 @@ void contexts_backward(
     float *factors = malloc(3 * size * sizeof(float)), *grads = grad_parameters;
     NormBackward back = {factors, factors + size, factors + 2 * size};
 
-    blend_backward(s, grad, x, &norms.dynamic, attn, pool_grad, grad_key, sums, threads);
+    blend_sums(s, act_sums, attn, pool_grad, sums);
     set_batch_norm_backward(
         s, sums, weight_of_dynamic, &norms.dynamic, &back, grads + 2 * (channels + n), grads + 3 * channels + 2 * n);
     norm_local_conv_backward(
-        s, grad, x, &norms.dynamic, &back, attn, pool_grad, value, &norms.value, logits, &norms.filters, scratch,
-        grad_value, grad_logits, sums, filter_sums, threads);
+        s, grad, x, &norms.dynamic, &back, attn, pool_grad, value, &norms.value, logits, &norms.filters,
+        grad_key, grad_value, grad_logits, sums, filter_sums, threads);
     set_batch_norm_backward(s, sums, weight_of_value, &norms.value, &back, grads, grads + channels);
     norm_backward(s, grad_value, value, channels, &back, 0, threads);
     set_group_norm_backward(

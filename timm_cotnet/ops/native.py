@@ -162,7 +162,7 @@ def fuse_contexts(
     """A folded CoT layer behind its convolutions: group norm, local convolution, shift, SiLU, fusion of the contexts.
 
     Args:
-        value: (B, C, H, W), channels-last like the others, and of their dtype.
+        value: (B, C, H, W), channels-last like the others, and of their dtype; the result may take its memory.
         logits: Filters before their norm, (B, G * k * k, H, W).
         static: Static context, (B, C, H, W).
         parameters: Pointers to parameters of the same dtype, which the caller keeps alive.
@@ -174,10 +174,11 @@ def fuse_contexts(
     B, C, H, W = value.shape
     taps = kernel_size ** 2
     groups = logits.shape[1] // taps
-    out = torch.empty_like(value)
+    threads = torch.get_num_threads()
+    out = value if B >= threads else torch.empty_like(value)  # threads that share an image read each other's rows
     strides = (1, groups) if tap_by_tap else (taps, 1)
     shape = Shape(B, C, groups, slices, H, W, kernel_size, dilation, *strides)
     load(value.dtype).fuse_contexts(
         ctypes.byref(shape), ctypes.byref(parameters),
-        *_pointers(value, logits, static, out), ctypes.c_int(torch.get_num_threads()))
+        *_pointers(value, logits, static, out), ctypes.c_int(threads))
     return out
