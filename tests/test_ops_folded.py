@@ -114,6 +114,20 @@ def test_conv2d_act_operator(kwargs):
     torch.library.opcheck(torch.ops.timm_cotnet.conv2d_act.default, convolution(**kwargs))
 
 
+@needs_packed
+@torch.no_grad()
+def test_operator_that_overwrites():
+    args = convolution()
+    wanted = expected(*args)
+    torch.library.opcheck(torch.ops.timm_cotnet.conv2d_add_act_.default, args)
+    for dtype in (torch.float32, torch.float64):
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            given = [t.to(dtype) if isinstance(t, torch.Tensor) else t for t in args]
+            given[3] = given[3].clone(memory_format=memory_format)
+            assert torch.ops.timm_cotnet.conv2d_add_act_(*given) is None
+            assert (given[3] - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
 @needs_native
 @torch.no_grad()
 @pytest.mark.parametrize('layer_cls', [CotLayer, CoxtLayer])
@@ -149,7 +163,7 @@ def operators(model, x):
 
     def backend(graph, _):
         names.extend(
-            name for name in ('conv2d_act', 'cot_layer') for node in graph.graph.nodes
+            name for name in ('conv2d_act', 'conv2d_add_act_', 'cot_layer') for node in graph.graph.nodes
             if node.op == 'call_function' and str(node.target).startswith(f'timm_cotnet.{name}'))
         return graph
     torch._dynamo.reset()
@@ -164,8 +178,10 @@ def test_only_graphs_compiled_for_evaluation_hold_operators():
     x = golden_input((2, 3, 64, 64), 'fold').float()
     with torch.no_grad():
         wanted = model(x)
+        kept = x.clone()
         out, names = operators(model, x)
-        assert names.count('cot_layer') == 4 and names.count('conv2d_act') >= 10
+        assert names.count('cot_layer') == names.count('conv2d_add_act_') == 4 and names.count('conv2d_act') >= 8
+        assert torch.equal(x, kept)
         assert (out - wanted).abs().max() < 1e-5 * wanted.abs().max()
         for export in (lambda: torch.export.export(model, (x,)), lambda: torch.export.export(model, (x,), strict=True)):
             assert not [n for n in export().graph.nodes if 'timm_cotnet' in str(n.target)]
@@ -188,7 +204,7 @@ def test_only_graphs_compiled_for_evaluation_hold_operators():
 @pytest.mark.parametrize('dtype, bound', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_inductor(dtype, bound):
     """Compiled once for any batch and size; equal to the eager model."""
-    model = reparameterize_model(filled(timm.create_model('cotnext50_2x48d', layers=(1, 1, 1, 1))).eval()).to(dtype)
+    model = reparameterize_model(filled(timm.create_model('cotnext50_2x48d', layers=(2, 1, 1, 1))).eval()).to(dtype)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for shape in ((2, 3, 64, 64), (3, 3, 64, 96), (5, 3, 32, 64)):

@@ -39,13 +39,24 @@ class FusedConv2d(nn.Conv2d):
         return type(act) in POST_OPS and type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' \
             and not isinstance(conv.padding, str)
 
-    def forward(self, x: torch.Tensor, addend: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H', W'); addend, of the result's shape, comes before act."""
+    def forward(
+            self,
+            x: torch.Tensor,
+            addend: Optional[torch.Tensor] = None,
+            overwrite: bool = False,
+    ) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H', W').
+
+        Args:
+            x: Input.
+            addend: What is added before the activation, of the result's shape.
+            overwrite: Whether the result may take the memory of addend.
+        """
         if not torch.jit.is_scripting():
             if can_run_packed(x):
-                return self.forward_packed(x, addend)
+                return self.forward_packed(x, addend, overwrite)
             if can_compile_packed(x):
-                return self._forward_compiled(x, addend)
+                return self._forward_compiled(x, addend, overwrite)
         x = self._conv_forward(x, self.weight, self.bias)
         if addend is not None:
             x = x + addend
@@ -64,10 +75,12 @@ class FusedConv2d(nn.Conv2d):
             POST_OPS[type(self.act)], overwrite)
 
     @torch.jit.unused
-    def _forward_compiled(self, x: torch.Tensor, addend: Optional[torch.Tensor]) -> torch.Tensor:
-        return torch.ops.timm_cotnet.conv2d_act(
-            x, self.weight, self.bias, addend, self.stride, self.padding, self.dilation, self.groups,
-            POST_OPS[type(self.act)])
+    def _forward_compiled(self, x: torch.Tensor, addend: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
+        args = (self.stride, self.padding, self.dilation, self.groups, POST_OPS[type(self.act)])
+        if addend is not None and overwrite:
+            torch.ops.timm_cotnet.conv2d_add_act_(x, self.weight, self.bias, addend, *args)
+            return addend
+        return torch.ops.timm_cotnet.conv2d_act(x, self.weight, self.bias, addend, *args)
 
 
 @torch.fx.wrap  # has a branch, which torch.fx cannot trace
@@ -214,9 +227,10 @@ class FusedBottleneck(nn.Module):
             and (block.downsample is None or FusedConv2d.is_fusible(_layers(block.downsample)[-1], nn.Identity()))
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """(B, inplanes, H, W) -> (B, outplanes, H', W'); with overwrite the result may take the shortcut's memory."""
         out = self.avd_last(self.conv2(self.avd_first(self.conv1(x))))
-        return self.conv3(out, x if self.downsample is None else self.downsample(x))
+        return self.conv3(out, x if self.downsample is None else self.downsample(x), overwrite)
 
     @torch.jit.unused
     def forward_packed(self, x: torch.Tensor, overwrite: bool) -> torch.Tensor:
@@ -236,6 +250,8 @@ class FusedStage(nn.Sequential):
         if not torch.jit.is_scripting():
             if can_run_packed(x) and not are_watched(list(self._modules.values())):
                 return self._forward_packed(x)
+            if can_compile_packed(x) and not are_watched(list(self._modules.values())):
+                return self._forward_compiled(x)
         for block in self:
             x = block(x)
         return x
@@ -244,6 +260,12 @@ class FusedStage(nn.Sequential):
     def _forward_packed(self, x: torch.Tensor) -> torch.Tensor:
         for i, block in enumerate(self):
             x = block.forward_packed(x, overwrite=i > 0)  # the input of the first block belongs to others
+        return x
+
+    @torch.jit.unused
+    def _forward_compiled(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self):
+            x = block(x, overwrite=i > 0 or block.downsample is not None)
         return x
 
 

@@ -226,6 +226,9 @@ _LIBRARY.define(
     'conv2d_act(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt[] stride, SymInt[] padding, '
     'SymInt[] dilation, SymInt groups, str act) -> Tensor')
 _LIBRARY.define(
+    'conv2d_add_act_(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) addend, SymInt[] stride, SymInt[] padding, '
+    'SymInt[] dilation, SymInt groups, str act) -> ()')
+_LIBRARY.define(
     'cot_layer(Tensor x, Tensor[] parameters, int kernel_size, int dilation, int key_groups, int groups, '
     'bool tap_by_tap, float eps) -> Tensor')
 
@@ -244,6 +247,22 @@ _LIBRARY.impl('conv2d_act', _conv2d_act_op, 'CPU')
 def _(x, weight, bias, addend, stride, padding, dilation, groups, act):
     shape = _plain(x, weight, bias, addend, stride, padding, dilation, groups, act).shape
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _conv2d_add_act_op(x, weight, bias, addend, *rest):
+    """`conv2d_act` as an operator that overwrites addend."""
+    args = (weight, bias, addend, *rest)
+    out = conv2d_act(x, *args, overwrite=True) if can_run_packed(x) else _plain(x, *args)
+    if out.data_ptr() != addend.data_ptr():
+        addend.copy_(out)
+
+
+_LIBRARY.impl('conv2d_add_act_', _conv2d_add_act_op, 'CPU')
+
+
+@torch.library.register_fake('timm_cotnet::conv2d_add_act_', lib=_LIBRARY)
+def _(x, weight, bias, addend, stride, padding, dilation, groups, act):
+    pass
 
 
 def _cot_layer_op(x, parameters, *settings):
