@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from . import native
 from .local_conv import grouped_local_conv
+from .memory import empty_like
 from .watch import are_watched, is_traced
 
 
@@ -90,7 +91,7 @@ class FuseContexts(torch.autograd.Function):
             (value_bn.eps, group_norm.eps, bn.eps, se_bn.eps))
         B, C = value.shape[:2]
         table = value.new_empty(8 * C + 4 * B * logits.shape[1])  # `Norms` of native.c
-        out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
+        out, pooled = empty_like(value), value.new_empty(B, C, 1, 1)
         norms = [NormParameters(norm) for norm in (value_bn, group_norm, bn)]
         _call('contexts_forward', value, ctx.layer, value, logits, static, *norms, table, out, pooled)
         for norm in (value_bn, bn):
@@ -110,11 +111,11 @@ class FuseContexts(torch.autograd.Function):
             return FuseContexts._differentiable_gradients(ctx, grad, value, logits, static, *parameters)
         value, logits, static, grad = (
             t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static, grad))
-        x, grad_attn = torch.empty_like(value), torch.empty_like(attn)
+        x, grad_attn = empty_like(value), torch.empty_like(attn)
         act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
         _call('contexts_recompute', value, ctx.layer, value, logits, static, table, grad, x, act_sums, grad_attn)
         grad_pooled, *se_grads = _se_gradients(pooled, parameters[6:], ctx.layer.eps[3], grad_attn)
-        grads = [torch.empty_like(t) for t in (static, value, logits)]
+        grads = [empty_like(t) for t in (static, value, logits)]
         grad_norms = table.new_empty(sum(p.numel() for p in parameters[:6]))
         _call(
             'contexts_backward', value, ctx.layer, value, logits, table, *parameters[0:6:2], grad, x, act_sums,

@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .memory import on_huge_pages
 from .native import load
 from .watch import is_traced
 
@@ -161,8 +162,8 @@ def _convolve(x: Tensor, groups: int, inputs: int, outputs: int, filters, weight
     B, _, H, W = x.shape
     slabs = 1 if weight is None else -(-inputs * outputs // _FILTERS)
     shape, scratch = _shape_and_scratch(x, groups, inputs, outputs, slabs)
-    out = torch.empty(
-        (B, groups * outputs, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = on_huge_pages(torch.empty(
+        (B, groups * outputs, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
     load(torch.float32, _SOURCE).key_conv(
         ctypes.byref(shape), *_pointers(x), filters, weight, strides, bias, ctypes.c_int(relu),
         *_pointers(out, scratch), ctypes.c_int(len(scratch)))

@@ -18,6 +18,7 @@ from typing import Optional, Union
 import torch
 from torch.autograd import forward_ad
 
+from .memory import empty_like
 from .shifted import LocalConvShifted
 
 _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
@@ -96,7 +97,7 @@ class LocalConvNative(LocalConvShifted):
 
     @staticmethod
     def forward(x, weight, kernel_size, dilation):
-        out = torch.empty_like(x)
+        out = empty_like(x)
         load(x.dtype).local_conv(
             _shape(x, weight, kernel_size, dilation), *_pointers(x, weight, out), ctypes.c_int(torch.get_num_threads()))
         return out
@@ -113,7 +114,7 @@ class LocalConvNative(LocalConvShifted):
         ):
             return LocalConvShifted.gradients(ctx, grad, x, weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_x, grad_weight = empty_like(x), empty_like(weight)
         load(x.dtype).local_conv_backward(
             _shape(x, weight, ctx.kernel_size, ctx.dilation), *_pointers(grad, x, weight, grad_x, grad_weight),
             ctypes.c_int(torch.get_num_threads()))
