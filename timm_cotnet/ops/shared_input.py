@@ -55,26 +55,47 @@ class SharedInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, images, strides, *weights):
         ctx.images, ctx.strides = images, strides
+        ctx.set_materialize_grads(False)  # zeros for what nobody reads would be as large as x
         ctx.save_for_backward(x, *weights)
         return x, *(torch.conv2d(x, weight, None, stride) for weight, stride in zip(weights, strides))
 
     @staticmethod
     def backward(ctx, grad_x, *grads):
         x, *weights = ctx.saved_tensors
+        read = [i for i, grad in enumerate(grads) if grad is not None]
+        grad_weights: List[Optional[Tensor]] = [None] * len(weights)
         # a second derivative is wanted, or many gradients at once: the first one as differentiable plain PyTorch
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_x):
-            parts = [conv_gradients(grad, x, *args) for grad, *args in zip(grads, weights, ctx.strides)]
-            return grad_x + sum(of_x for of_x, _ in parts), None, None, *(of_weight for _, of_weight in parts)
+        if torch.is_grad_enabled() or any(
+                grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in (grad_x, *grads)):
+            for i in read:
+                of_conv, grad_weights[i] = conv_gradients(grads[i], x, weights[i], ctx.strides[i])
+                grad_x = of_conv if grad_x is None else grad_x + of_conv
+            return grad_x, None, None, *grad_weights
+        if not read:
+            return grad_x, None, None, *grad_weights
         x = x.contiguous(memory_format=torch.channels_last)
-        total, grad_weights = empty_like(x), [torch.zeros_like(weight) for weight in weights]
+        total = empty_like(x)
+        for i in read:
+            grad_weights[i] = torch.zeros_like(weights[i])
         for first in range(0, len(x), ctx.images):
             part = slice(first, first + ctx.images)
-            of_x = grad_x[part]
-            for grad, weight, stride, grad_weight in zip(grads, weights, ctx.strides, grad_weights):
-                of_conv, of_weight = conv_gradients(grad[part], x[part], weight, stride)
-                of_x = torch.add(of_x, of_conv, out=total[part])
-                grad_weight += of_weight
+            summands = [] if grad_x is None else [grad_x[part]]
+            for i in read:
+                of_conv, of_weight = conv_gradients(grads[i][part], x[part], weights[i], ctx.strides[i])
+                summands.append(of_conv)
+                grad_weights[i] += of_weight
+            add(summands, total[part])
         return total, None, None, *grad_weights
+
+
+def add(summands: List[Tensor], out: Tensor) -> None:
+    """out = the sum of the summands, in one pass for two of them."""
+    if len(summands) == 1:
+        out.copy_(summands[0])
+        return
+    torch.add(summands[0], summands[1], out=out)
+    for summand in summands[2:]:
+        out += summand
 
 
 def conv_gradients(
