@@ -180,17 +180,17 @@ def test_few_images_at_a_time(name, monkeypatch):
         type(model), '_forward_early', lambda self, part: sizes.append(len(part)) or early(self, part))
     with torch.no_grad():
         expected = model(x)
-        assert not sizes
+        assert sizes == [5]
         monkeypatch.setattr(type(model), 'MAX_BYTES', 2 * 16 * 64 * 96 * 4)
         assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert sizes == [2, 2, 1]
+        assert sizes == [5] + [2, 2, 1]
         monkeypatch.setattr(type(model), 'MAX_BYTES', 1)
         assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert sizes == [2, 2, 1] + [1] * 5
+        assert sizes == [5] + [2, 2, 1] + [1] * 5
         seen = []
         model.layer1.register_forward_hook(lambda module, args, out: seen.append(len(out)))
         assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert seen == [5] and len(sizes) == 8
+        assert seen == [5] and len(sizes) == 9
 
 
 def test_stem_is_one_convolution():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
+from torch import nn
 
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops import folded, native
@@ -213,3 +214,20 @@ def test_inductor(dtype, bound):
         assert (compiled(x) - wanted).abs().max() < bound * wanted.abs().max()
 
 
+
+
+@needs_native
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(2, 16, 8, 6), (1, 3, 7, 9), (3, 64, 1, 5), (1, 24, 2, 1)])
+def test_max_pool(dtype, shape):
+    x = golden_input(shape, 'x').to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = float('nan')
+    x[-1, -1] = float('-inf')
+    pool = nn.MaxPool2d(3, 2, 1)
+    out = folded.max_pool(x, pool)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out.nan_to_num(7), pool(x).nan_to_num(7)) and out[0, 0, 0, 0].isnan()
+    for other in (nn.MaxPool2d(3, 2), nn.MaxPool2d(2, 2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Identity()):
+        if min(shape[2:]) > 2 or isinstance(other, nn.Identity):
+            assert folded.max_pool(x, other).shape == other(x).shape

@@ -28,7 +28,7 @@ from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, make_stem_fo
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
 from .ops.batch_norm import batch_norm_act, conv_batch_norm_act
-from .ops.folded import can_run_packed
+from .ops.folded import can_run_packed, max_pool
 from .ops.shared_input import shared_input
 from .ops.watch import are_watched
 from .published import PUBLISHED
@@ -210,10 +210,8 @@ class CotResNet(CheckedLoading, ResNet):
         if not torch.jit.is_scripting():
             if can_run_packed(x) and self._is_folded():
                 image = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels, half the sides
-                images = max(1, self.MAX_BYTES // image)
-                if images < x.shape[0]:
-                    x = torch.cat([self._forward_early(part) for part in x.split(images)])
-                    return self.layer4(self.layer3(x))
+                parts = [self._forward_early(part) for part in x.split(max(1, self.MAX_BYTES // image))]
+                return self.layer4(self.layer3(torch.cat(parts) if len(parts) > 1 else parts[0]))
         if torch.jit.is_scripting():
             x = self.act1(self.bn1(self.conv1(x)))
         else:
@@ -225,7 +223,7 @@ class CotResNet(CheckedLoading, ResNet):
 
     @torch.jit.unused
     def _forward_early(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer2(self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x))))))
+        return self.layer2(self.layer1(max_pool(self.act1(self.bn1(self.conv1(x))), self.maxpool)))
 
     @torch.jit.unused
     def _is_folded(self) -> bool:

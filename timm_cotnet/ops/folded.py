@@ -156,6 +156,19 @@ def _plain(x, weight, bias, addend, stride, padding, dilation, groups: int, act:
     return _ACTS[act](x if addend is None else x + addend)
 
 
+def max_pool(x: torch.Tensor, pool: nn.Module) -> torch.Tensor:
+    """pool(x) where `can_run_packed(x)`."""
+    if (
+            type(pool) is nn.MaxPool2d
+            and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
+            and not pool.ceil_mode and not pool.return_indices
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and _why_no_kernels(x.dtype) is None
+    ):
+        return native.max_pool(x)
+    return pool(x)
+
+
 class CotParameters(NamedTuple):
     """The parameters of `FusedCotLayer`: filters (weight, bias) of its convolutions, and of what lies behind them."""
     static: torch.Tensor

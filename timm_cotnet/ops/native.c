@@ -560,6 +560,30 @@ void fuse_contexts(
 }
 
 
+/* 3x3 max-pool with a stride of two and a border of one pixel; out is (batch, (height + 1) / 2, (width + 1) / 2,
+   channels). A NaN stays one. */
+void max_pool(const SCALAR *x, SCALAR *out, long batch, long height, long width, long channels, int threads) {
+    long rows = (height + 1) / 2, columns = (width + 1) / 2;
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < batch * rows; row++) {
+        const SCALAR *image = x + row / rows * height * width * channels;
+        long first = row % rows * 2, top = first > 0 ? first - 1 : 0, bottom = first + 1 < height ? first + 1 : first;
+        for (long column = 0; column < columns; column++) {
+            long left = column > 0 ? 2 * column - 1 : 0, right = 2 * column + 1 < width ? 2 * column + 1 : 2 * column;
+            SCALAR *restrict to = out + (row * columns + column) * channels;
+            memcpy(to, image + (top * width + left) * channels, channels * sizeof(SCALAR));
+            for (long h = top; h <= bottom; h++)
+                for (long w = left; w <= right; w++) {
+                    const SCALAR *restrict from = image + (h * width + w) * channels;
+                    for (long c = 0; c < channels; c++) {
+                        float a = load(from[c]), b = load(to[c]);
+                        to[c] = a > b || a != a ? from[c] : to[c];
+                    }
+                }
+        }
+    }
+}
+
 #ifndef BFLOAT16
 /* Training: the same part of a CoT layer forward and backward, in passes over the images, as the norms of a batch need
    all of it first. Threads share the images.

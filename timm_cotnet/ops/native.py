@@ -183,3 +183,16 @@ def fuse_contexts(
         ctypes.byref(shape), ctypes.byref(parameters),
         *_pointers(value, logits, static, out), ctypes.c_int(threads))
     return out
+
+
+def max_pool(x: torch.Tensor) -> torch.Tensor:
+    """3x3 max-pool with a stride of two, padded by one: (B, C, H, W) -> (B, C, (H + 1) // 2, (W + 1) // 2).
+
+    Args:
+        x: Channels-last, of a dtype for which `why_not_native(x)` is None.
+    """
+    B, C, H, W = x.shape
+    out = torch.empty(
+        (B, C, (H + 1) // 2, (W + 1) // 2), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    load(x.dtype).max_pool(*_pointers(x, out), *map(ctypes.c_long, (B, H, W, C)), ctypes.c_int(torch.get_num_threads()))
+    return out
