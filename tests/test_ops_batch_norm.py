@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from timm_cotnet.ops import memory, native, shared_input
-from timm_cotnet.ops.batch_norm import batch_norm_act, conv_batch_norm_act, why_not_fused
+from timm_cotnet.ops import native
+from timm_cotnet.ops.batch_norm import batch_norm_act, why_not_fused
 
 LIBRARY = native.load(torch.float32, 'batch_norm.c')
 needs_native = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f'no native kernels: {LIBRARY}')
@@ -348,101 +348,3 @@ def test_forward_mode():
         dual = torch.autograd.forward_ad.make_dual(x, grad)
         tangent = torch.autograd.forward_ad.unpack_dual(batch_norm_act(dual, norm, nn.ReLU(), residual)).tangent
     assert_close(tangent, expected.double())
-
-
-def convolution(stride=(1, 1), residual=True, batch=5):
-    """x, conv, norm, act, residual (or None) and an output gradient, for `conv_batch_norm_act`."""
-    generator = torch.Generator().manual_seed(0)
-    conv, norm = nn.Conv2d(4, 24, 1, stride, bias=False), nn.BatchNorm2d(24)
-    norm.weight.data.uniform_(0.5, 1.5, generator=generator), norm.bias.data.uniform_(generator=generator)
-    x = torch.randn(batch, 4, 7, 9, generator=generator).contiguous(memory_format=torch.channels_last)
-    other, grad = (
-        torch.randn(batch, 24, -(-7 // stride[0]), -(-9 // stride[1]), generator=generator)
-        .contiguous(memory_format=torch.channels_last) for _ in range(2))
-    return x.requires_grad_(), conv, norm, nn.ReLU(), other.requires_grad_() if residual else None, grad
-
-
-def run_both(x, conv, norm, act, residual, grad, derive):
-    """derive(output, inputs, grad) for `conv_batch_norm_act`, and for the modules in float64."""
-    x64, conv64, norm64, residual64 = copy.deepcopy((x, conv.double(), norm.double(), residual))
-    conv.float(), norm.float()
-    x64 = x64.detach().double().requires_grad_()
-    residual64 = None if residual is None else residual64.detach().double().requires_grad_()
-    out = conv_batch_norm_act(x, conv, norm, act, residual)
-    assert type(out.grad_fn).__name__ == 'ConvBatchNormActBackward'
-    expected = plain(conv64(x64), norm64, act, residual64)
-    assert_close(out, expected)
-    inputs = [t for t in (x, conv.weight, norm.weight, norm.bias, residual) if t is not None]
-    inputs64 = [t for t in (x64, conv64.weight, norm64.weight, norm64.bias, residual64) if t is not None]
-    actual, expected = derive(out, inputs, grad), derive(expected, inputs64, grad.double())
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected):
-        assert_close(a, e, 1e-4)
-    assert_close(norm.running_var, norm64.running_var)
-
-
-@pytest.fixture
-def two_images_at_a_time(monkeypatch):
-    monkeypatch.setattr(shared_input, 'PART_BYTES', 2 * 4 * 24 * 7 * 9)
-
-
-@needs_native
-@pytest.mark.parametrize('stride', [(1, 1), (2, 1)])
-@pytest.mark.parametrize('residual', [False, True])
-def test_convolution_joined(stride, residual, two_images_at_a_time):
-    run_both(*convolution(stride, residual), lambda out, inputs, grad: torch.autograd.grad(out, inputs, grad))
-
-
-@needs_native
-def test_convolution_joined_second_derivative(two_images_at_a_time):
-    def derive(out, inputs, grad):
-        grads = torch.autograd.grad(out, inputs, grad, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads[:4]), inputs[:3])
-    run_both(*convolution(), derive)
-
-
-@needs_native
-def test_convolution_joined_many_gradients(two_images_at_a_time):
-    def derive(out, inputs, grad):
-        return torch.autograd.grad(out, inputs, torch.stack([grad, 2 * grad]), is_grads_batched=True)
-    run_both(*convolution(), derive)
-
-
-@needs_native
-def test_convolution_joined_without_input_gradient(two_images_at_a_time):
-    x, *args = convolution()
-    run_both(x.detach(), *args, lambda out, inputs, grad: torch.autograd.grad(out, inputs[1:], grad))
-
-
-@needs_native
-@pytest.mark.parametrize('how', ['few', 'narrow', '3x3', 'bias', 'frozen', 'hook', 'contiguous', 'float64', 'eval'])
-def test_convolution_not_joined(how, two_images_at_a_time):
-    x, conv, norm, act, residual, grad = convolution(batch=2 if how == 'few' else 5)
-    if how == 'narrow':
-        conv, residual, norm = nn.Conv2d(4, 6, 1, bias=False), None, nn.BatchNorm2d(6)
-    elif how == '3x3':
-        conv = nn.Conv2d(4, 24, 3, padding=1, bias=False)
-    elif how == 'bias':
-        conv = nn.Conv2d(4, 24, 1)
-    elif how == 'frozen':
-        conv.weight.requires_grad_(False)
-    elif how == 'hook':
-        seen = []
-        conv.register_forward_hook(lambda module, args, out: seen.append(out))
-    elif how == 'contiguous':
-        x = x.contiguous()
-    elif how == 'float64':
-        x, residual, conv, norm = x.double(), residual.double(), conv.double(), norm.double()
-    elif how == 'eval':
-        norm.eval()
-    out = conv_batch_norm_act(x, conv, norm, act, residual)
-    assert type(out.grad_fn).__name__ != 'ConvBatchNormActBackward'
-    assert how != 'hook' or len(seen) == 1
-    expected = norm(conv(x)) if residual is None else norm(conv(x)) + residual
-    assert_close(out, act(expected).double())
-
-
-@pytest.mark.parametrize('size', [0, 3, memory._MIN_BYTES // 4 + 7])
-def test_memory_on_huge_pages_is_memory(size):
-    out = memory.empty_like(torch.zeros(size, dtype=torch.float32))
-    assert out.shape == (size,) and out.fill_(2).sum() == 2 * size

@@ -27,9 +27,8 @@ from .fold import fold_pair, fold_sequential
 from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, make_stem_foldable
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
-from .ops.batch_norm import batch_norm_act, conv_batch_norm_act
+from .ops.batch_norm import batch_norm_act
 from .ops.folded import can_run_packed, max_pool
-from .ops.shared_input import shared_input
 from .ops.watch import are_watched
 from .published import PUBLISHED
 
@@ -153,23 +152,10 @@ class CotBottleneck(nn.Module):
     @torch.jit.unused
     def _forward_norm_act(self, x: torch.Tensor) -> torch.Tensor:
         """The same where nothing stands between norms and activations, so that they can run together."""
-        x, shortcut = self._conv1_and_shortcut(x)
-        x = batch_norm_act(x, self.bn1, self.act1)
+        shortcut = x if self.downsample is None else run_sequential(self.downsample, x)
+        x = batch_norm_act(self.conv1(x), self.bn1, self.act1)
         x = self.avd_last(self.conv2(self.avd_first(x)))
-        return conv_batch_norm_act(x, self.conv3, self.bn3, self.act3, shortcut)
-
-    @torch.jit.unused
-    def _conv1_and_shortcut(self, x: torch.Tensor):
-        """`conv1(x)` and the shortcut, which read the same x."""
-        layers = self.downsample
-        if layers is None:
-            shared = shared_input(x, [self.conv1])
-            return (shared[1], shared[0]) if shared is not None else (self.conv1(x), x)
-        if type(layers) is nn.Sequential and len(layers) == 2 and not are_watched([layers]):
-            shared = shared_input(x, [self.conv1, layers[0]])
-            if shared is not None:
-                return shared[1], batch_norm_act(shared[2], layers[1])
-        return self.conv1(x), run_sequential(layers, x)
+        return batch_norm_act(self.conv3(x), self.bn3, self.act3, shortcut)
 
 
 class SplitAttnBottleneck(CotBottleneck):

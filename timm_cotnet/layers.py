@@ -14,7 +14,7 @@ from torch import nn
 from .fold import fold_norm, fold_sequential, is_foldable
 from .fused import FusedCotLayer
 from .ops import grouped_local_conv
-from .ops.batch_norm import batch_norm_act, conv_batch_norm_act
+from .ops.batch_norm import batch_norm_act
 from .ops.contexts import can_train_native, train_contexts
 from .ops.key_conv import KeyConv, why_not_key_conv
 from .ops.watch import are_watched
@@ -34,9 +34,8 @@ def run_sequential(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
     left = list(layers)
     while left:
         layer = left.pop(0)
-        if isinstance(layer, nn.Conv2d) and left and isinstance(left[0], nn.BatchNorm2d):
-            norm = left.pop(0)
-            x = conv_batch_norm_act(x, layer, norm, left.pop(0) if left and isinstance(left[0], nn.ReLU) else None)
+        if isinstance(layer, nn.BatchNorm2d):
+            x = batch_norm_act(x, layer, left.pop(0) if left and isinstance(left[0], nn.ReLU) else None)
         else:
             x = layer(x)
     return x

@@ -161,15 +161,15 @@ static void add_gradients(
     }
 }
 
-/* Gradients of weight and bias, and what batch_norm_act_grad needs: factors, (2, channels). Where ReLU followed a
-   residual, out is its output, and grad_residual is written; else both are NULL. */
-void batch_norm_act_sums(
+/* Gradients of batch_norm_act. Where ReLU followed a residual, out is its output, and grad_residual is written; else
+   both are NULL. grad_x may be NULL. */
+void batch_norm_act_backward(
         long pixels, long channels, const float *restrict grad, const float *restrict x, const float *restrict out,
-        const float *weight, const float *bias, const float *statistics, float *grad_weight, float *grad_bias,
-        float *restrict grad_residual, float *factors, int relu, int threads) {
+        const float *weight, const float *bias, const float *statistics, float *restrict grad_x, float *grad_weight,
+        float *grad_bias, float *restrict grad_residual, int relu, int threads) {
     double *total = calloc(threads * 2 * channels, sizeof(double));
     const float *mean = statistics, *rest = mean + channels, *inverse = rest + channels;
-    float scale[channels], shift[channels], floor = relu ? 0 : -INFINITY, *slope = factors, *offset = slope + channels;
+    float scale[channels], shift[channels], slope[channels], offset[channels], floor = relu ? 0 : -INFINITY;
     norm_affine(statistics, weight, bias, channels, scale, shift);
 
 #pragma omp parallel for num_threads(threads)
@@ -185,32 +185,25 @@ void batch_norm_act_sums(
         slope[c] = -scale[c] * inverse[c] * product / pixels;
         offset[c] = -scale[c] * total[c] / pixels - (double)slope[c] * rest[c];
     }
-    free(total);
-}
 
-/* The gradient of x, of all pixels or some of them. grad is that behind ReLU if relu is 0. */
-void batch_norm_act_grad(
-        long pixels, long channels, const float *restrict grad, const float *restrict x, const float *weight,
-        const float *bias, const float *statistics, const float *factors, float *restrict grad_x, int relu,
-        int threads) {
-    const float *restrict mean = statistics, *restrict slope = factors, *restrict offset = slope + channels;
-    float scale[channels], shift[channels];
-    norm_affine(statistics, weight, bias, channels, scale, shift);
-
+    if (grad_x) {
 #pragma omp parallel for num_threads(threads)
-    for (int i = 0; i < threads; i++) {
-        long at = pixels * i / threads * channels, end = pixels * (i + 1) / threads * channels;
-        for (; at < end; at += channels) {
-            prefetch(x + at, channels);
-            prefetch(grad + at, channels);
-            if (relu)
-                for (long c = 0; c < channels; c++) {
-                    float d = x[at + c] - mean[c], g = d * scale[c] + shift[c] <= 0 ? 0 : grad[at + c];
-                    grad_x[at + c] = scale[c] * g + slope[c] * d + offset[c];
-                }
-            else
-                for (long c = 0; c < channels; c++)
-                    grad_x[at + c] = scale[c] * grad[at + c] + slope[c] * (x[at + c] - mean[c]) + offset[c];
+        for (int i = 0; i < threads; i++) {
+            long at = pixels * i / threads * channels, end = pixels * (i + 1) / threads * channels;
+            for (; at < end; at += channels) {
+                prefetch(x + at, channels);
+                prefetch((out ? grad_residual : grad) + at, channels);
+                if (out)
+                    for (long c = 0; c < channels; c++)
+                        grad_x[at + c] =
+                            scale[c] * grad_residual[at + c] + slope[c] * (x[at + c] - mean[c]) + offset[c];
+                else
+                    for (long c = 0; c < channels; c++) {
+                        float d = x[at + c] - mean[c], g = d * scale[c] + shift[c] <= floor ? 0 : grad[at + c];
+                        grad_x[at + c] = scale[c] * g + slope[c] * d + offset[c];
+                    }
+            }
         }
     }
+    free(total);
 }
