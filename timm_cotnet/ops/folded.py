@@ -64,7 +64,7 @@ class _Packed(NamedTuple):
     """What is kept of a filter."""
     weight: weakref.ref
     version: int
-    made: Dict[Hashable, torch.Tensor]  # by what for
+    made: Dict[Hashable, Tuple[torch.Tensor, torch.Tensor]]  # by what for
 
 
 _PACKED: Dict[int, _Packed] = {}  # by the filter's id
@@ -136,12 +136,13 @@ def _keep(weight: torch.Tensor, made_for: Hashable, make: Callable[[torch.Tensor
         key = id(weight)
         kept = _PACKED[key] = _Packed(weakref.ref(weight, lambda _: _PACKED.pop(key, None)), weight._version, {})
     made_for = (made_for, weight.data_ptr())
-    packed = kept.made.get(made_for)
-    if packed is None:
-        while len(kept.made) >= _MAX_PACKED:
-            kept.made.pop(next(iter(kept.made)))
-        packed = kept.made[made_for] = make(weight.detach())
-    return packed
+    entry = kept.made.get(made_for)
+    if entry is None:
+        for old in list(kept.made)[:1 - _MAX_PACKED]:
+            kept.made.pop(old, None)  # another thread may have done so
+        # with the numbers themselves: as long as they live, no others can have their address
+        entry = kept.made[made_for] = make(weight.detach()), weight.detach()
+    return entry[0]
 
 
 def _pack(weight: torch.Tensor, x: torch.Tensor, as_linear: bool, geometry: Tuple) -> torch.Tensor:
