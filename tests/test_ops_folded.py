@@ -147,6 +147,51 @@ def test_cot_layer_operator(layer_cls):
 
 
 @needs_native
+@needs_exporting
+@torch.no_grad()
+@pytest.mark.parametrize('layer_cls', [CotLayer, CoxtLayer])
+def test_parameters_made_in_inference_mode(layer_cls):
+    """They have no version and are never packed; whatever the memory format of x, the kernels get channels-last."""
+    layer = filled(layer_cls(32)).eval()
+    x = golden_input((2, 32, 6, 5), 'x')
+    expected = layer(x)
+    fused = layer.fuse().float()
+    for module in fused.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            with torch.inference_mode():
+                setattr(module, name, nn.Parameter(parameter.clone(), False))
+    assert all(p.is_inference() for p in fused.parameters())
+    torch._dynamo.reset()
+    for function in (fused, torch.compile(fused, backend='aot_eager')):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            assert (function(x.float().contiguous(memory_format=memory_format)) - expected).abs().max() < 2e-5
+
+
+@needs_native
+@torch.no_grad()
+def test_hooks_see_the_parts_run():
+    fused = filled(CotLayer(32)).eval().fuse().float()
+    x, seen = golden_input((1, 32, 6, 5), 'x').float(), []
+    wanted = fused(x)
+    fused.query.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert (fused(x) - wanted).abs().max() < 1e-5 and seen == [(1, 16, 6, 5)]
+
+
+@needs_exporting
+@torch.no_grad()
+def test_forward_derivatives_are_compiled_plain():
+    fused = filled(CotLayer(32)).eval().fuse().float()
+    x, tangent = golden_input((1, 32, 6, 5), 'x').float(), golden_input((1, 32, 6, 5), 't').float()
+
+    def derive(x, tangent):
+        return torch.func.jvp(fused, (x,), (tangent,))[1]
+    wanted = derive(x, tangent)
+    torch._dynamo.reset()
+    actual = torch.compile(derive, backend='aot_eager')(x, tangent)
+    assert wanted.abs().max() > 0.1 and (actual - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@needs_native
 @torch.no_grad()
 def test_why_not_cot_layer():
     fused = filled(CotLayer(32)).eval().fuse().float()

@@ -145,9 +145,9 @@ class FusedCotLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if can_run_packed(x):
+            if can_run_packed(x) and not are_watched(list(self._modules.values())):
                 return self.forward_packed(x)
-            if can_compile_packed(x) and not are_watched([self]):
+            if can_compile_packed(x) and not are_watched(list(self._modules.values())):
                 parameters, settings = self._parameters_and_settings()
                 if why_not_cot_layer(x, parameters, settings) is None:
                     return torch.ops.timm_cotnet.cot_layer(x, parameters, *settings)
@@ -228,7 +228,10 @@ class FusedBottleneck(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """(B, inplanes, H, W) -> (B, outplanes, H', W'); with overwrite the result may take the shortcut's memory."""
+        """(B, inplanes, H, W) -> (B, outplanes, H', W').
+
+        With overwrite the result may take the memory of the shortcut, which is x where nothing downsamples it.
+        """
         out = self.avd_last(self.conv2(self.avd_first(self.conv1(x))))
         return self.conv3(out, x if self.downsample is None else self.downsample(x), overwrite)
 

@@ -22,12 +22,12 @@ from .watch import is_traced
 
 POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
 _ACTS = {'none': lambda x: x, 'relu': F.relu, 'swish': F.silu}
-_MAX_PACKED = 2  # shapes of the input for which a filter stays packed: a batch may leave a rest
+_MAX_PACKED = 2  # shapes of the input for which a filter stays packed: the last part of a batch may be smaller
 
 
 def can_run_packed(x: torch.Tensor) -> bool:
     """Whether oneDNN's fused convolutions take x here and now."""
-    return not is_traced(x) and _can_be_packed(x) and forward_ad._current_level < 0
+    return not is_traced(x) and _can_be_packed(x)
 
 
 def can_compile_packed(x: torch.Tensor) -> bool:
@@ -46,6 +46,7 @@ def _can_be_packed(x: torch.Tensor) -> bool:
         and x.ndim == 4
         and x.numel() > 0
         and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled('cpu')
         and _onednn_takes(x.dtype)
     )
@@ -105,7 +106,8 @@ def conv2d_act(
             or x.dtype != weight.dtype
             or x.shape[1] != weight.shape[1] * groups
     ):
-        return _plain(x, weight, bias, addend, stride, padding, dilation, groups, act)
+        out = _plain(x, weight, bias, addend, stride, padding, dilation, groups, act)
+        return out.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
     if groups > 1 and addend is None and act != 'swish' \
@@ -135,10 +137,10 @@ def _keep(weight: torch.Tensor, made_for: Hashable, make: Callable[[torch.Tensor
     if kept is None or kept.weight() is not weight or kept.version != weight._version:
         key = id(weight)
         kept = _PACKED[key] = _Packed(weakref.ref(weight, lambda _: _PACKED.pop(key, None)), weight._version, {})
-    made_for = (made_for, weight.data_ptr())
+    made_for = (made_for, weight.dtype, weight.data_ptr())
     entry = kept.made.get(made_for)
     if entry is None:
-        for old in list(kept.made)[:1 - _MAX_PACKED]:
+        for old in list(kept.made)[:max(0, len(kept.made) + 1 - _MAX_PACKED)]:
             kept.made.pop(old, None)  # another thread may have done so
         # with the numbers themselves: as long as they live, no others can have their address
         entry = kept.made[made_for] = make(weight.detach()), weight.detach()
@@ -202,8 +204,9 @@ class CotSettings(NamedTuple):
 
 def why_not_cot_layer(x: torch.Tensor, parameters: CotParameters, settings: CotSettings) -> Optional[str]:
     """The reason why `cot_layer` cannot do this layer, where `can_run_packed(x)`; None if it can."""
+    channels = max(parameters.value.shape[0], parameters.se_reduce.shape[0])
     too_large = native.why_not_sizes(
-        settings.kernel_size, parameters.attn.shape[0] // settings.kernel_size ** 2, parameters.value.shape[0])
+        settings.kernel_size, parameters.attn.shape[0] // settings.kernel_size ** 2, channels)
     if too_large is not None:
         return too_large
     if not all(p.dtype == x.dtype and p.is_contiguous() for p in parameters[9:]):

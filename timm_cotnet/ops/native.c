@@ -465,7 +465,6 @@ typedef struct {
     long hidden;
 } Parameters;
 
-
 /* A pixel of the dynamic context, and what it adds to the sums for the pooling. */
 static inline void shift_act(
         const float *restrict x, const float *restrict shift, const SCALAR *restrict key, long n, SCALAR *restrict out,
@@ -558,7 +557,6 @@ void fuse_contexts(
         for (long b = 0; b < s->batch; b++) FUSE(b);
     }
 }
-
 
 /* 3x3 max-pool with a stride of two and a border of one pixel; out is (batch, (height + 1) / 2, (width + 1) / 2,
    channels). A NaN stays one. */
