@@ -4,8 +4,8 @@ Eager models call `conv2d_act` where `can_run_packed`. What `torch.compile` comp
 operator of the graph (`can_compile_packed`): a compiler would call oneDNN without packed filters, and would apply sums
 and activations in passes of their own. What is exported, scripted or traced sees plain PyTorch.
 
-Filters are packed again when they change, as told by their version; `p.data.mul_()` does not raise it. A NaN may end in
-oneDNN's ReLU, which makes it zero.
+Filters are packed again when they change, as told by their address, dtype and version; `p.data.mul_()` changes none of
+them. A NaN may end in oneDNN's ReLU, which makes it zero.
 """
 import functools
 import weakref
