@@ -80,7 +80,7 @@ def why_not_key_conv(
     library = load(torch.float32, _SOURCE)
     if isinstance(library, str):
         return library
-    return 'the processor has no vectors of numbers' if library.key_conv_lanes() == 1 else None
+    return 'the processor has no vectors of numbers' if library.vector_lanes() == 1 else None
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -68,7 +68,8 @@ def _build(source: Path, defines: list) -> Path:
         raise FileNotFoundError('no C compiler; install one or set CC')
     flags = [*_FLAGS, *(_X86_FLAGS if platform.machine() in ('x86_64', 'AMD64') else []), *defines]
     made = os.stat(compiler)
-    key = [source.read_text(), flags, compiler, made.st_size, made.st_mtime_ns, _processor()]
+    sources = [source, *sorted(source.parent.glob('*.h'))]
+    key = [*(path.read_text() for path in sources), flags, compiler, made.st_size, made.st_mtime_ns, _processor()]
     name = f'{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so'
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_cotnet'
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
