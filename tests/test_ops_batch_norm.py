@@ -1,4 +1,5 @@
-"""Fused batch norm, sum and ReLU in training: against the modules in double precision, and when they run themselves."""
+"""Fused 1x1 convolution, batch norm, sum and ReLU in training: against the modules in double precision, and when these
+run themselves."""
 import contextlib
 import copy
 
@@ -8,7 +9,8 @@ import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from timm_cotnet.ops import native
-from timm_cotnet.ops.batch_norm import batch_norm_act, why_not_fused
+from timm_cotnet.layers import QueryKeyConv2d
+from timm_cotnet.ops.batch_norm import batch_norm_act, conv_norm_act, why_not_conv, why_not_fused
 
 LIBRARY = native.load(torch.float32, 'batch_norm.c')
 needs_native = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f'no native kernels: {LIBRARY}')
@@ -348,3 +350,233 @@ def test_forward_mode():
         dual = torch.autograd.forward_ad.make_dual(x, grad)
         tangent = torch.autograd.forward_ad.unpack_dual(batch_norm_act(dual, norm, nn.ReLU(), residual)).tangent
     assert_close(tangent, expected.double())
+
+
+# (B, C_in, C_out, H, W): widths of all panels, pixels that are no multiple of the rows, more than one block of them
+CONV_SHAPES = [
+    (2, 4, 4, 8, 8), (3, 12, 20, 5, 7), (1, 64, 32, 9, 9), (2, 8, 100, 9, 11), (1, 300, 64, 11, 7), (3, 64, 256, 13, 11)]
+
+
+def conv_inputs(shape=(2, 12, 20, 7, 5), sources=1, residual=True):
+    """Inputs, convolution, norm, residual (or None) and an output gradient."""
+    B, C, out, H, W = shape
+    _, norm, residual, grad = inputs((B, out, H, W), residual)
+    generator = torch.Generator().manual_seed(sum(shape))
+    xs = [torch.randn(B, C, H, W, generator=generator).contiguous(memory_format=torch.channels_last).requires_grad_()
+          for _ in range(sources)]
+    conv = nn.Conv2d(C, out, 1, bias=False) if sources == 1 else QueryKeyConv2d(C, out)
+    conv.weight.data.copy_(torch.randn(conv.weight.shape, generator=generator) / (sources * C) ** 0.5)
+    return xs, conv, norm, residual, grad
+
+
+def in_double(*things):
+    copies = copy.deepcopy([t.detach() if isinstance(t, torch.Tensor) else t for t in things])
+    return [t if t is None else t.double().requires_grad_() for t in copies]
+
+
+def plain_conv(conv, norm, act, *xs, residual=None):
+    return plain(torch.nn.functional.conv2d(torch.cat(xs, 1), conv.weight), norm, act, residual)
+
+
+@needs_native
+@pytest.mark.parametrize('act', [nn.ReLU(), None], ids=['relu', 'none'])
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('sources', [1, 2])
+@pytest.mark.parametrize('shape', CONV_SHAPES)
+def test_conv(shape, sources, residual, act):
+    xs, conv, norm, residual, grad = conv_inputs(shape, sources, residual)
+    conv64, norm64, residual64, *xs64 = in_double(conv, norm, residual, *xs)
+    out = conv_norm_act(conv, norm, act, *xs, residual=residual)
+    expected = plain_conv(conv64, norm64, act or nn.Identity(), *xs64, residual=residual64)
+    assert is_fused(out) and out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out, expected)
+    out.backward(grad), expected.backward(grad.double())
+    tensors = (*xs, conv.weight, norm.weight, norm.bias)
+    for ours, wanted in zip(tensors, (*xs64, conv64.weight, norm64.weight, norm64.bias)):
+        assert_close(ours.grad, wanted.grad)
+    if residual is not None:
+        assert_close(residual.grad, residual64.grad)
+    assert_close(norm.running_mean, norm64.running_mean)
+    assert_close(norm.running_var, norm64.running_var)
+
+
+@needs_native
+@pytest.mark.parametrize('threads', [1, 3, 70])
+def test_conv_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        xs, conv, norm, residual, grad = conv_inputs((2, 64, 40, 35, 33), 2)  # 33 pixels for each of 70 threads
+        conv64, norm64, residual64, *xs64 = in_double(conv, norm, residual, *xs)
+        first = torch.autograd.grad(
+            conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual), (*xs, conv.weight, residual), grad)
+        again = torch.autograd.grad(
+            conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual), (*xs, conv.weight, residual), grad)
+        expected = torch.autograd.grad(
+            plain_conv(conv64, norm64, nn.ReLU(), *xs64, residual=residual64), (*xs64, conv64.weight, residual64),
+            grad.double())
+        for one, two, wanted in zip(first, again, expected):
+            assert torch.equal(one, two)
+            assert_close(one, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize('read', ['both', 'out', 'shared'])
+def test_shared_input(read):
+    (x,), conv, norm, residual, grad = conv_inputs()
+    conv64, norm64, residual64, x64 = in_double(conv, norm, residual, x)
+    out, shared = conv_norm_act(conv, norm, nn.ReLU(), x, residual=residual, share=True)
+    assert is_fused(out) and shared.data_ptr() == x.data_ptr() and torch.equal(shared, x)
+    expected = plain_conv(conv64, norm64, nn.ReLU(), x64, residual=residual64)
+    for o, s in ((out, shared), (expected, x64)):
+        {'both': (o * grad).sum() + (s ** 3).sum(), 'out': (o * grad).sum(), 'shared': (s ** 3).sum()}[read].backward()
+    assert_close(x.grad, x64.grad)
+    if read != 'shared':
+        assert_close(conv.weight.grad, conv64.weight.grad)
+
+
+@needs_native
+def test_backward_again():
+    """Memory of what was saved is used again only where the graph is not kept."""
+    xs, conv, norm, residual, grad = conv_inputs((2, 64, 40, 5, 7))
+    out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    tensors = (*xs, conv.weight, norm.weight, norm.bias, residual)
+    grads = [torch.autograd.grad(out, tensors, grad, retain_graph=keep) for keep in (True, True, False)]
+    for several in zip(*grads):
+        assert torch.equal(several[0], several[1])
+        assert torch.equal(several[0], several[2])
+    assert grads[0][-1].data_ptr() != grads[1][-1].data_ptr()
+    with pytest.raises(RuntimeError, match='a second time'):
+        torch.autograd.grad(out, tensors, grad)
+
+
+@needs_native
+@pytest.mark.parametrize('wanted', ['x', 'other', 'filters', 'weight', 'bias', 'residual'])
+def test_one_gradient_of_conv_alone(wanted):
+    xs, conv, norm, residual, grad = conv_inputs(sources=2)
+    tensors = dict(zip(('x', 'other', 'filters', 'weight', 'bias', 'residual'), (
+        *xs, conv.weight, norm.weight, norm.bias, residual)))
+    full = torch.autograd.grad(
+        conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual), list(tensors.values()), grad)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == wanted)
+    out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    assert is_fused(out)
+    out.backward(grad)
+    for (name, tensor), g in zip(tensors.items(), full):
+        assert torch.equal(tensor.grad, g) if name == wanted else tensor.grad is None
+
+
+@needs_native
+@pytest.mark.parametrize('residual', [False, True])
+def test_second_derivative_of_conv(residual):
+    def second(double):
+        xs, conv, norm, other, grad = conv_inputs(sources=2, residual=residual)
+        if double:
+            conv, norm, other, grad, *xs = in_double(conv, norm, other, grad, *xs)
+        tensors = [*xs, conv.weight, norm.weight, norm.bias] + ([] if other is None else [other])
+        function = plain_conv if double else conv_norm_act
+        out = function(conv, norm, nn.ReLU(), *xs, residual=other)
+        assert is_fused(out) != double
+        first = torch.autograd.grad(out, tensors, grad.requires_grad_(), create_graph=True)
+        return first, torch.autograd.grad(sum((g ** 2).sum() for g in first), (*xs, conv.weight, grad))
+
+    for ours, expected in zip(second(False), second(True)):
+        assert len(ours) == len(expected) >= 4
+        for actual, wanted in zip(ours, expected):
+            assert_close(actual.detach(), wanted.detach(), 1e-4)
+
+
+@needs_native
+def test_second_derivative_with_a_shared_input():
+    def second(function, double):
+        (x,), conv, norm, residual, grad = conv_inputs()
+        if double:
+            conv, norm, residual, grad, x = in_double(conv, norm, residual, grad, x)
+        out, shared = function(conv, norm, nn.ReLU(), x, residual=residual)
+        first, = torch.autograd.grad((out * grad).sum() + (shared ** 3).sum(), x, create_graph=True)
+        return torch.autograd.grad((first ** 2).sum(), (x, conv.weight))
+
+    ours = second(lambda *args, **kwargs: conv_norm_act(*args, **kwargs, share=True), False)
+    expected = second(lambda *args, **kwargs: (plain_conv(*args, **kwargs), args[3]), True)
+    for actual, wanted in zip(ours, expected):
+        assert_close(actual, wanted, 1e-4)
+
+
+@needs_native
+def test_many_gradients_of_conv_at_once():
+    xs, conv, norm, residual, grad = conv_inputs(sources=2)
+    tensors = [*xs, conv.weight, norm.weight, residual]
+    out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    both = torch.autograd.grad(out, tensors, torch.stack([grad, -2 * grad]), is_grads_batched=True, retain_graph=True)
+    for two, one in zip(both, torch.autograd.grad(out, tensors, grad)):
+        assert_close(two[0], one.double())
+        assert_close(two[1], -2 * one.double())
+
+
+@needs_native
+def test_what_conv_saved_may_come_back_in_another_memory_format():
+    xs, conv, norm, residual, grad = conv_inputs(sources=2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    tensors = (*xs, conv.weight, residual)
+    expected = torch.autograd.grad(conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual), tensors, grad)
+    for actual, wanted in zip(torch.autograd.grad(out, tensors, grad.contiguous()), expected):
+        assert torch.equal(actual, wanted)
+
+
+class OtherConv2d(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _replace(a, conv):
+    a['conv'] = conv
+
+
+PLAIN_CONV = {
+    'bias': lambda a: _replace(a, nn.Conv2d(12, 20, 1)),
+    'stride': lambda a: [_replace(a, nn.Conv2d(12, 20, 1, 2, bias=False)), a.update(residual=None)],
+    'groups': lambda a: _replace(a, nn.Conv2d(12, 20, 1, groups=2, bias=False)),
+    '3x3': lambda a: _replace(a, nn.Conv2d(12, 20, 3, padding=1, bias=False)),
+    'subclass': lambda a: _replace(a, OtherConv2d(12, 20, 1, bias=False)),
+    'hook': lambda a: a['conv'].register_forward_hook(lambda module, args, out: out * 2),
+    'odd channels': lambda a: [
+        _replace(a, nn.Conv2d(11, 20, 1, bias=False)),
+        a.update(x=a['x'].detach()[:, :11].contiguous(memory_format=torch.channels_last).requires_grad_())],
+    'many filters': lambda a: [
+        _replace(a, nn.Conv2d(16384, 20, 1, bias=False)),
+        a.update(x=torch.randn(2, 16384, 7, 5).contiguous(memory_format=torch.channels_last).requires_grad_())],
+    'few pixels': lambda a: a.update(
+        x=torch.randn(3, 12, 3, 2).contiguous(memory_format=torch.channels_last).requires_grad_(), residual=None),
+    'contiguous': lambda a: a.update(x=a['x'].detach().contiguous().requires_grad_()),
+    'eval': lambda a: a['norm'].eval(),
+}
+
+
+@pytest.mark.parametrize('condition', PLAIN_CONV)
+def test_conv_not_fused(condition):
+    (x,), conv, norm, residual, _ = conv_inputs()
+    a = {'x': x, 'conv': conv, 'norm': norm, 'residual': residual}
+    PLAIN_CONV[condition](a)
+    x, conv, norm, residual = a.values()
+    other = copy.deepcopy(norm)
+    assert why_not_conv(conv, [x]) or condition == 'eval'
+    expected = plain(conv(x), other, nn.ReLU(), residual)
+    out, shared = conv_norm_act(conv, norm, nn.ReLU(), x, residual=residual, share=True)
+    assert shared is x
+    torch.testing.assert_close(out, expected)
+    g, = torch.autograd.grad(out.square().sum(), x)
+    wanted, = torch.autograd.grad(expected.square().sum(), x)
+    assert g.abs().sum() > 0
+    torch.testing.assert_close(g, wanted)
+
+
+def test_conv_errors_are_those_of_the_module():
+    (x,), conv, norm, _, _ = conv_inputs(residual=False)
+    with pytest.raises(RuntimeError, match='to have 12 channels, but got 8'):
+        conv_norm_act(conv, norm, nn.ReLU(), x[:, :8].contiguous(memory_format=torch.channels_last))
+    with pytest.raises(RuntimeError, match='must match'):
+        conv_norm_act(conv, norm, nn.ReLU(), x, residual=torch.zeros(2, 20, 7, 4))

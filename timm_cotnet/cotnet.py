@@ -27,7 +27,7 @@ from .fold import fold_pair, fold_sequential
 from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, make_stem_foldable
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
 from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
-from .ops.batch_norm import batch_norm_act
+from .ops.batch_norm import batch_norm_act, conv_norm_act
 from .ops.folded import can_run_packed, max_pool
 from .ops.watch import are_watched
 from .published import PUBLISHED
@@ -152,10 +152,11 @@ class CotBottleneck(nn.Module):
     @torch.jit.unused
     def _forward_norm_act(self, x: torch.Tensor) -> torch.Tensor:
         """The same where nothing stands between norms and activations, so that they can run together."""
-        shortcut = x if self.downsample is None else run_sequential(self.downsample, x)
-        x = batch_norm_act(self.conv1(x), self.bn1, self.act1)
+        x, shortcut = conv_norm_act(self.conv1, self.bn1, self.act1, x, share=True)
+        if self.downsample is not None:
+            shortcut = run_sequential(self.downsample, shortcut)
         x = self.avd_last(self.conv2(self.avd_first(x)))
-        return batch_norm_act(self.conv3(x), self.bn3, self.act3, shortcut)
+        return conv_norm_act(self.conv3, self.bn3, self.act3, x, residual=shortcut)
 
 
 class SplitAttnBottleneck(CotBottleneck):

@@ -14,7 +14,7 @@ from torch import nn
 from .fold import fold_norm, fold_sequential, is_foldable
 from .fused import FusedCotLayer
 from .ops import grouped_local_conv
-from .ops.batch_norm import batch_norm_act
+from .ops.batch_norm import batch_norm_act, conv_norm_act
 from .ops.contexts import can_train_native, train_contexts
 from .ops.key_conv import KeyConv, why_not_key_conv
 from .ops.watch import are_watched
@@ -34,8 +34,11 @@ def run_sequential(layers: nn.Module, x: torch.Tensor) -> torch.Tensor:
     left = list(layers)
     while left:
         layer = left.pop(0)
-        if isinstance(layer, nn.BatchNorm2d):
-            x = batch_norm_act(x, layer, left.pop(0) if left and isinstance(left[0], nn.ReLU) else None)
+        conv = layer if isinstance(layer, nn.Conv2d) and left and isinstance(left[0], nn.BatchNorm2d) else None
+        norm = left.pop(0) if conv is not None else layer
+        if isinstance(norm, nn.BatchNorm2d):
+            act = left.pop(0) if left and isinstance(left[0], nn.ReLU) else None
+            x = batch_norm_act(x, norm, act) if conv is None else conv_norm_act(conv, norm, act, x)
         else:
             x = layer(x)
     return x
@@ -198,7 +201,7 @@ class CotLayer(nn.Module):
             attn = self.embed[2](self.embed[1](self.embed[0].pair(x, static)))
         else:
             static = run_sequential(self.key_embed, x)
-            attn = batch_norm_act(self.embed[0].pair(x, static), self.embed[1], self.embed[2])
+            attn = conv_norm_act(self.embed[0], self.embed[1], self.embed[2], x, static)
         return static, self.embed[3](attn)
 
     def _dynamic_context(self, value: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:

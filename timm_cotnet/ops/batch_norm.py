@@ -1,6 +1,9 @@
-"""Batch norm, the sum with a residual and the activation in one operation: `batch_norm_act`."""
+"""Batch norm in training: with the sum with a residual, the activation and a 1x1 convolution before it as one function.
+
+Activations are by far the largest in training, and each of these operations alone does little more than go over them.
+"""
 import ctypes
-from typing import Optional
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -8,11 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .memory import empty_like
+from .memory import empty_like, on_huge_pages
 from .native import MAX_NUMBERS, load
 from .watch import are_watched, is_traced
 
 _SOURCE = 'batch_norm.c'
+_PIXELS, _PAD, _PANEL = 128, 16, 32  # of batch_norm.c
+MAX_FILTERS = 1 << 18  # of a convolution: more do not fit into a level 2 cache of a megabyte
+MIN_PIXELS = 32  # of a thread: with fewer, what sums the threads' gradients takes too long
+
+
+class Convolution(ctypes.Structure):
+    """`Convolution` of batch_norm.c."""
+    _fields_ = [
+        ('inputs', ctypes.c_long), ('sources', ctypes.c_long), ('x', ctypes.c_void_p * 2), ('filters', ctypes.c_void_p),
+        ('scratch', ctypes.c_void_p), ('grad_x', ctypes.c_void_p * 2), ('grad_filters', ctypes.c_void_p),
+        ('shared', ctypes.c_void_p)]
 
 
 def batch_norm_act(
@@ -32,11 +46,71 @@ def batch_norm_act(
         residual: Summand, of the shape of x.
     """
     if why_not_fused(x, norm, act, residual) is None:
-        return BatchNormAct.apply(x, norm.weight, norm.bias, residual, norm, type(act) is nn.ReLU)
+        return BatchNormAct.apply(norm, type(act) is nn.ReLU, False, norm.weight, norm.bias, residual, None, x)
     x = norm(x)
     if residual is not None:
         x += residual
     return x if act is None else act(x)
+
+
+def conv_norm_act(
+        conv: nn.Conv2d,
+        norm: nn.Module,
+        act: Optional[nn.Module],
+        *inputs: Tensor,
+        residual: Optional[Tensor] = None,
+        share: bool = False,
+) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+    """`batch_norm_act(conv(*inputs), norm, act, residual)`, in training on the CPU as one function where it can be.
+
+    Fused, the convolution's output is summed for the norm while it is made, and its gradient is never in memory whole.
+
+    Args:
+        conv: Convolution without a bias; with two inputs it has `pair`, which adds the products of both.
+        norm: As for `batch_norm_act`, like the next.
+        act: Activation, None for none.
+        *inputs: One or two, (B, C_in, H, W) each.
+        residual: Summand, of the shape of the convolution's output.
+        share: Whether to return the first input, too, for other readers: their gradient is added in the same pass.
+    """
+    if why_not_conv(conv, inputs) is None and why_not_fused(
+            inputs[0], norm, act, residual, conv.out_channels) is None:
+        return BatchNormAct.apply(
+            norm, type(act) is nn.ReLU, share, norm.weight, norm.bias, residual, conv.weight, *inputs)
+    x = conv(*inputs) if len(inputs) == 1 else conv.pair(*inputs)
+    out = batch_norm_act(x, norm, act, residual)
+    return (out, inputs[0]) if share else out
+
+
+def why_not_conv(conv: nn.Conv2d, inputs: Sequence[Tensor]) -> Optional[str]:
+    """The reason why `BatchNormAct` cannot take the convolution with these inputs; None if it can."""
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f'there is no kernel for {type(conv).__name__}'
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0) or conv.groups != 1:
+        return 'it is no 1x1 convolution of stride 1 and one group'
+    if conv.bias is not None:
+        return 'the convolution has a bias'
+    if are_watched([conv]):
+        return 'hooks want to see the convolution run'
+    x, filters = inputs[0], conv.weight
+    if is_traced(x) or is_traced(filters):
+        return 'operators are watched'
+    if x.ndim != 4 or not all(
+            _is_plain(other, x.shape) and other.is_contiguous(memory_format=torch.channels_last) for other in inputs):
+        return 'an input is not a channels-last float32 tensor on the CPU, of the shape of the first'
+    if not _is_plain(filters, (conv.out_channels, x.shape[1] * len(inputs), 1, 1)) or not filters.is_contiguous():
+        return f'{x.shape[1]} channels do not fit the filters, or they are not contiguous float32 on the CPU'
+    if x.shape[1] % 4 != 0 or conv.out_channels % 4 != 0:
+        return f'{x.shape[1]} or {conv.out_channels} channels are not a multiple of 4'
+    if filters.numel() > MAX_FILTERS:
+        return f'there are {filters.numel()} filters, more than {MAX_FILTERS}'
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels < MIN_PIXELS * torch.get_num_threads():
+        return f'there are {pixels} pixels, fewer than {MIN_PIXELS} for each thread'
+    library = load(torch.float32, _SOURCE)
+    if isinstance(library, str):
+        return library
+    return 'the processor has no vectors of numbers' if library.vector_lanes() == 1 else None
 
 
 def why_not_fused(
@@ -44,8 +118,17 @@ def why_not_fused(
         norm: nn.Module,
         act: Optional[nn.Module],
         residual: Optional[Tensor] = None,
+        channels: Optional[int] = None,
 ) -> Optional[str]:
-    """The reason why `BatchNormAct` cannot take these here and now; None if it can."""
+    """The reason why `BatchNormAct` cannot take these here and now; None if it can.
+
+    Args:
+        x: What is normed, or the input of the convolution before the norm.
+        norm: Norm, like the next as for `batch_norm_act`.
+        act: Activation.
+        residual: Summand.
+        channels: What the norm gets, if it is not x.
+    """
     if type(norm) is not nn.BatchNorm2d or type(act) not in (type(None), nn.Identity, nn.ReLU):
         return f'there is no kernel for {type(norm).__name__} and {type(act).__name__}'
     if not norm.training or not torch.is_grad_enabled():
@@ -56,16 +139,17 @@ def why_not_fused(
         return 'the running statistics are not moving averages'
     if not _is_plain(x, x.shape) or x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return 'x is not a channels-last float32 tensor on the CPU'
+    channels = channels or x.shape[1]
     if residual is not None and not (
-            _is_plain(residual, x.shape) and residual.is_contiguous(memory_format=torch.channels_last)):
-        return 'the residual is not a channels-last float32 tensor of the shape of x on the CPU'
+            _is_plain(residual, (x.shape[0], channels, *x.shape[2:]))
+            and residual.is_contiguous(memory_format=torch.channels_last)):
+        return 'the residual is not a channels-last float32 tensor of the shape of the output on the CPU'
     if x.numel() <= x.shape[1]:
         return 'a channel has no two values'
-    if x.shape[1] > MAX_NUMBERS:
-        return f'x has {x.shape[1]} channels, more than {MAX_NUMBERS}'
-    channels = (x.shape[1],)
+    if channels > MAX_NUMBERS:
+        return f'there are {channels} channels, more than {MAX_NUMBERS}'
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        if not _is_plain(tensor, channels) or not tensor.is_contiguous():
+        if not _is_plain(tensor, (channels,)) or not tensor.is_contiguous():
             return 'a parameter or running statistic is not a contiguous float32 tensor of C numbers on the CPU'
     if are_watched([norm, act]):
         return 'hooks want to see the modules run'
@@ -88,52 +172,105 @@ def _is_plain(tensor: Optional[Tensor], shape: tuple) -> bool:
 
 
 class BatchNormAct(torch.autograd.Function):
-    """`apply(x, weight, bias, residual, norm, relu)` where `why_not_fused` is None."""
+    """`apply(norm, relu, share, weight, bias, residual, filters, *inputs)`: see `conv_norm_act`.
+
+    Without filters there is no convolution: the input itself is normed.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, norm, relu):
+    def forward(ctx, norm, relu, share, weight, bias, residual, filters, *inputs):
+        x, conv = inputs[0], None
+        if filters is not None:
+            B, _, H, W = x.shape
+            x = on_huge_pages(torch.empty(
+                (B, filters.shape[0], H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
+            scratch = x.new_empty(filters.numel())
+            conv = _convolution(inputs, filters, scratch)
         out, statistics = empty_like(x), x.new_empty(4, x.shape[1])
         load(torch.float32, _SOURCE).batch_norm_act(
-            *_sizes(x), *_pointers(x, weight, bias, residual, statistics, out), ctypes.c_double(norm.eps),
+            conv, *_sizes(x), *_pointers(x, weight, bias, residual, statistics, out), ctypes.c_double(norm.eps),
             ctypes.c_int(relu), ctypes.c_int(torch.get_num_threads()))
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(statistics[0], norm.momentum)
         norm.running_var.lerp_(statistics[3], norm.momentum)
         ctx.eps, ctx.relu, ctx.residual = norm.eps, relu, residual is not None
+        ctx.set_materialize_grads(False)
         # what ReLU lets through follows from x, unless there is a residual
-        ctx.save_for_backward(x, weight, bias, statistics, out if relu and ctx.residual else None)
-        return out
+        ctx.save_for_backward(
+            x, weight, bias, statistics, out if relu and ctx.residual else None, filters,
+            *(inputs if filters is not None else ()))
+        return (out, inputs[0]) if share else out
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias, statistics, out = ctx.saved_tensors
+    def backward(ctx, grad, shared=None):
+        x, weight, bias, statistics, out, filters, *inputs = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(x)
         # a second derivative is wanted, or many gradients at once: the first one as differentiable plain PyTorch
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
-            return _gradients(ctx, grad, x, weight, bias, out)
-        grad, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x))
-        if out is not None:
-            out = out.contiguous(memory_format=torch.channels_last)  # hooks may change the strides of what is saved
-        grad_x = empty_like(x) if ctx.needs_input_grad[0] else None
+        if torch.is_grad_enabled() or any(
+                torch._C._functorch.is_legacy_batchedtensor(g) for g in (grad, shared) if g is not None):
+            return _gradients(ctx, grad, shared, x, weight, bias, out, filters, *inputs)
+        # hooks may change the strides of what is saved
+        grad, x, out, shared, *inputs = (
+            tensor if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+            for tensor in (grad, x, out, shared, *inputs))
+        wanted = ctx.needs_input_grad[6:]
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-        grad_residual = grad if out is None else empty_like(x)
+        if out is None:
+            grad_residual = grad
+        elif filters is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            grad_residual = x  # nobody else knows it, and this was its last use
+        else:
+            grad_residual = empty_like(x)
+        grad_x = grad_filters = conv = None
+        if filters is None:
+            grad_x = empty_like(x) if wanted[1] or out is not None else None
+            grad_inputs = [grad_x if wanted[1] else None]
+        else:
+            filters = filters.contiguous()
+            grad_inputs = [empty_like(t) if want else None for t, want in zip(inputs, wanted[1:])]
+            grad_filters = torch.empty_like(filters) if wanted[0] else None
+            channels = x.shape[1]
+            room = _PIXELS * (channels + _PAD + _PANEL) + filters.numel()
+            scratch = x.new_empty(filters.numel() + torch.get_num_threads() * room)
+            conv = _convolution(inputs, filters, scratch, grad_inputs, grad_filters, shared)
         load(torch.float32, _SOURCE).batch_norm_act_backward(
-            *_sizes(x), *_pointers(grad, x, out, weight, bias, statistics, grad_x, grad_weight, grad_bias),
+            conv, *_sizes(x), *_pointers(grad, x, out, weight, bias, statistics, grad_x, grad_weight, grad_bias),
             *_pointers(None if out is None else grad_residual), ctypes.c_int(ctx.relu),
             ctypes.c_int(torch.get_num_threads()))
-        return grad_x, grad_weight, grad_bias, grad_residual if ctx.residual else None, None, None
+        grad_residual = grad_residual if ctx.residual else None
+        return None, None, None, grad_weight, grad_bias, grad_residual, grad_filters, *grad_inputs
 
 
-def _gradients(ctx, grad, x, weight, bias, out):
+def _gradients(ctx, grad, shared, x, weight, bias, out, filters, *inputs):
     """`BatchNormAct.backward` in differentiable plain PyTorch."""
     with torch.enable_grad():
-        inputs = x.view_as(x), weight.view_as(weight), bias.view_as(bias)
-        normed = F.batch_norm(inputs[0], None, None, *inputs[1:], True, 0.0, ctx.eps)
+        tensors = [t if t is None else t.view_as(t) for t in (weight, bias, filters, *(inputs or [x]))]
+        weight, bias, filters, *inputs = tensors
+        if filters is None:
+            x = inputs[0]
+        else:
+            parts = filters.split(inputs[0].shape[1], 1)
+            x = sum(F.conv2d(x, part) for x, part in zip(inputs, parts))
+        normed = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
         if ctx.relu:
             grad = grad.masked_fill((normed if out is None else out) <= 0, 0)
-        wanted = [tensor for tensor, need in zip(inputs, ctx.needs_input_grad) if need]
+        needed = [*ctx.needs_input_grad[3:5], *ctx.needs_input_grad[6:]]
+        wanted = [tensor for tensor, need in zip(tensors, needed) if need]
         grads = iter(torch.autograd.grad(normed, wanted, grad, create_graph=True) if wanted else ())
-    grad_inputs = (next(grads) if need else None for need in ctx.needs_input_grad[:3])
-    return *grad_inputs, grad if ctx.residual else None, None, None
+        grad_weight, grad_bias, grad_filters, *grad_inputs = (next(grads) if need else None for need in needed)
+        if shared is not None and grad_inputs[0] is not None:
+            grad_inputs[0] = grad_inputs[0] + shared
+    return None, None, None, grad_weight, grad_bias, grad if ctx.residual else None, grad_filters, *grad_inputs
+
+
+def _convolution(inputs, filters, scratch, grad_inputs=(), grad_filters=None, shared=None):
+    """`Convolution` of batch_norm.c; the caller keeps the tensors alive."""
+    addresses = [[t if t is None else t.data_ptr() for t in tensors] for tensors in (inputs, grad_inputs)]
+    x, grad_x = ((ctypes.c_void_p * 2)(*some) for some in addresses)
+    return ctypes.byref(Convolution(
+        inputs[0].shape[1], len(inputs), x, filters.data_ptr(), scratch.data_ptr(), grad_x,
+        *(t if t is None else t.data_ptr() for t in (grad_filters, shared))))
 
 
 def _sizes(x: Tensor):
