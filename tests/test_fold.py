@@ -100,6 +100,33 @@ def test_native_layer(layer_cls, dim, kernel_size, dilation, batch):
                 torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize('dim', [8, 24, 64, 136])
+@pytest.mark.parametrize('batch', [1, 3])
+def test_native_layer_in_bfloat16(dim, batch):
+    """Also the channels that fill no vector; a NaN stays where filters reach it until it is pooled."""
+    fused = filled(CotLayer(dim)).eval().fuse()
+    x = golden_input((batch, dim, 6, 7), 'native')
+    with torch.no_grad():
+        expected = fused(x)
+        fused.bfloat16()
+        x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+        actual = fused(x)
+        assert (actual - expected).abs().max() < 0.02 * expected.abs().max()
+        x[0, :, 1, 1] = float('nan')
+        broken = fused(x)
+        assert broken[0].isnan().all() and torch.equal(broken[1:], actual[1:])
+
+
+def test_silu_of_large_numbers():
+    layer = filled(CotLayer(64)).eval().fuse().float()
+    x = golden_input((2, 64, 5, 3), 'native').float()
+    with torch.no_grad():
+        for shift in (-1e30, -100, -40, 40, 100, 1e30):
+            layer.shift.fill_(shift)
+            expected = copy.deepcopy(layer).double()(x.double())
+            assert (layer(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_modules_after_folding():
     folded = reparameterize_model(create('se_cotnetd_50'))
     assert all(isinstance(stage, FusedStage) for stage in (folded.layer1, folded.layer2, folded.layer3, folded.layer4))

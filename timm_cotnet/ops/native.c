@@ -8,6 +8,9 @@ among themselves, or the rows of each image where there are more threads than im
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #ifdef BFLOAT16
 typedef uint16_t SCALAR;
@@ -17,10 +20,10 @@ static inline float load(SCALAR value) {
     memcpy(&out, &bits, 4);
     return out;
 }
-static inline SCALAR store(float value) { /* to the nearest, ties to even; a NaN stays one */
+static inline SCALAR store(float value) { /* to the nearest, ties to even; a NaN, whose last bits are zero, stays one */
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 #else
 typedef float SCALAR;
@@ -68,6 +71,7 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 /* GCC's and Clang's vectors, as neither keeps the sums of plain loops in registers. */
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Scalars __attribute__((vector_size(2 * LANES))); /* of bfloat16 */
 
 /* The number of each lane. */
 static const Ints LANE = {
@@ -87,6 +91,31 @@ static inline Floats load_floats(const float *from) {
 }
 
 static inline void store_floats(float *to, Floats value) { memcpy(to, &value, sizeof(value)); }
+
+/* The same for SCALAR. */
+static inline Floats load_scalars(const SCALAR *from) {
+#if !defined(BFLOAT16)
+    return load_floats(from);
+#elif defined(__AVX512BF16__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
+#else
+    Scalars value;
+    memcpy(&value, from, sizeof(value));
+    return (Floats)(__builtin_convertvector(value, Ints) << 16);
+#endif
+}
+
+static inline void store_scalars(SCALAR *to, Floats value) {
+#if !defined(BFLOAT16)
+    store_floats(to, value);
+#elif defined(__AVX512BF16__)
+    __m256bh out = _mm512_cvtneps_pbh((__m512)value);
+    memcpy(to, &out, sizeof(out));
+#else
+    Scalars out = __builtin_convertvector(((Ints)value + 0x7fff + ((Ints)value >> 16 & 1)) >> 16, Scalars);
+    memcpy(to, &out, sizeof(out));
+#endif
+}
 
 /* Lane l of the result is lane from[l] of x. */
 static inline Floats permute(Floats x, Ints from) {
@@ -117,28 +146,24 @@ static Lanes lanes_of(const Shape *s) {
     return lanes;
 }
 
-/* out[c] = sum over taps of x[tap][c] * filters[tap][filter of c] for all channels of a pixel. */
+/* out[c] = sum over taps of x[tap][c] * filters[tap][filter of c] for all channels of a pixel, which begins at x_at
+   and at filters_at. */
 static inline __attribute__((always_inline)) void weighted_sums_of(
-        const Shape *s, const Lanes *lanes, long taps, const float *const *x, const float *const *filters, float *out) {
+        const Shape *s, const Lanes *lanes, long taps, const float *const *x, long x_at, const float *const *filters,
+        long filters_at, float *out) {
     long width = s->channels / s->slices, apart = lanes->repeats * lanes->step;
     for (long slice = 0; slice < s->slices; slice++)
         for (long block = lanes->blocks - 1; block >= 0; block--) {
             Floats filter[MAX_TAPS];
             for (long t = 0; t < taps; t++)
-                filter[t] = permute(load_floats(filters[t] + slice * lanes->step + block * LANES), lanes->repeat);
+                filter[t] = permute(
+                    load_floats(filters[t] + filters_at + slice * lanes->step + block * LANES), lanes->repeat);
             for (long c = slice * width + block * LANES; c < (slice + 1) * width; c += apart) {
                 Floats sum = {0};
-                for (long t = 0; t < taps; t++) sum += load_floats(x[t] + c) * filter[t];
+                for (long t = 0; t < taps; t++) sum += load_floats(x[t] + x_at + c) * filter[t];
                 store_floats(out + c, sum);
             }
         }
-}
-
-/* Compilers unroll the loops over the taps of the usual filters and keep these in registers. */
-static void weighted_sums(
-        const Shape *s, const Lanes *lanes, const float *const *x, const float *const *filters, float *out) {
-    if (s->kernel_size == 3) weighted_sums_of(s, lanes, 9, x, filters, out);
-    else weighted_sums_of(s, lanes, s->kernel_size * s->kernel_size, x, filters, out);
 }
 
 /* Room for a row of pixels, in whole cache lines. */
@@ -191,8 +216,10 @@ static void normalize(
     if (scale == NULL)
         for (long i = 0; i < pixels * n; i++) out[i] = load(x[i]);
     else
-        for (long p = 0; p < pixels; p++)
+        for (long p = 0; p < pixels; p++) {
+#pragma omp simd simdlen(LANES)
             for (long c = 0; c < n; c++) out[p * n + c] = load(x[p * n + c]) * scale[c] + bias[c];
+        }
 }
 
 static inline void fill_window(
@@ -264,16 +291,21 @@ static void load_filters(
     if (s->stride_g != 1) order_by_taps(s, scratch, filters);
 }
 
-/* One pixel of the local convolution: `row` is what each tap finds at the first pixel of the row. */
-static inline void local_conv_pixel(
-        const Shape *s, const Lanes *lanes, const float *const *row, const float *filters, long w, float *out) {
-    const float *x[MAX_TAPS], *filter[MAX_TAPS];
-    long taps = s->kernel_size * s->kernel_size;
-    for (long t = 0; t < taps; t++) {
-        x[t] = row[t] + w * s->channels;
-        filter[t] = filters + (w * taps + t) * s->groups;
-    }
-    weighted_sums(s, lanes, x, filter, out);
+/* A row of the local convolution: `x` is what each tap finds at the first pixel, filters are (W, taps, G). */
+static inline __attribute__((always_inline)) void local_conv_row_of(
+        const Shape *s, const Lanes *lanes, long taps, const float *const *x, const float *filters, float *out) {
+    const float *filter[MAX_TAPS];
+    for (long t = 0; t < taps; t++) filter[t] = filters + t * s->groups;
+    for (long w = 0; w < s->width; w++)
+        weighted_sums_of(
+            s, lanes, taps, x, w * s->channels, filter, w * taps * s->groups, out + w * s->channels);
+}
+
+/* Compilers unroll the loops over the taps of the usual filters and keep these in registers. */
+static void local_conv_row(
+        const Shape *s, const Lanes *lanes, const float *const *x, const float *filters, float *out) {
+    if (s->kernel_size == 3) local_conv_row_of(s, lanes, 9, x, filters, out);
+    else local_conv_row_of(s, lanes, s->kernel_size * s->kernel_size, x, filters, out);
 }
 
 /* The local convolution. */
@@ -283,7 +315,7 @@ void local_conv(const Shape *s, const SCALAR *x, const SCALAR *weight, SCALAR *o
     const Lanes lanes = lanes_of(s);
 #pragma omp parallel for num_threads(threads)
     for (int i = 0; i < threads; i++) {
-        float *filters = allocate(2 * size), sum[s->channels + LANES];
+        float *filters = allocate(2 * size), *sums = allocate(row_size(s, s->channels));
         const float *taps[MAX_TAPS];
         for (long row = i * rows / threads, end = (i + 1) * rows / threads; row < end;) {
             long b = row / s->height;
@@ -292,15 +324,14 @@ void local_conv(const Shape *s, const SCALAR *x, const SCALAR *weight, SCALAR *o
                 fill_window(s, &values, row % s->height, x + b * pixels * s->channels, NULL, NULL);
                 window_taps(s, &values, row % s->height, taps);
                 load_filters(s, weight + row * s->width * n, NULL, NULL, filters + size, filters);
-                for (long w = 0; w < s->width; w++) {
-                    SCALAR *to = out + (row * s->width + w) * s->channels;
-                    local_conv_pixel(s, &lanes, taps, filters, w, sum);
-                    for (long c = 0; c < s->channels; c++) to[c] = store(sum[c]);
-                }
+                local_conv_row(s, &lanes, taps, filters, sums);
+                SCALAR *to = out + row * s->width * s->channels;
+                for (long i = 0; i < s->width * s->channels; i++) to[i] = store(sums[i]);
             }
             free(values.memory);
         }
         free(filters);
+        free(sums);
     }
 }
 
@@ -332,6 +363,12 @@ static inline __attribute__((always_inline)) void products_of(
             for (long block = 0; block < lanes->blocks; block++, from += LANES)
                 store_floats(sums + t * s->groups + slice * lanes->step + block * LANES, load_floats(from));
     }
+}
+
+static void weighted_sums(
+        const Shape *s, const Lanes *lanes, const float *const *x, const float *const *filters, float *out) {
+    if (s->kernel_size == 3) weighted_sums_of(s, lanes, 9, x, 0, filters, 0, out);
+    else weighted_sums_of(s, lanes, s->kernel_size * s->kernel_size, x, 0, filters, 0, out);
 }
 
 static void products(const Shape *s, const Lanes *lanes, const float *const *x, const float *grad, float *sums) {
@@ -401,6 +438,7 @@ static void add_moments(const SCALAR *restrict image, long n, long pixel, long e
         memset(square, 0, sizeof(square));
         for (; pixel + 4 <= stop; pixel += 4) {
             const SCALAR *restrict x = image + pixel * n;
+#pragma omp simd simdlen(LANES)
             for (long i = 0; i < n; i++) {
                 float a = load(x[i]) - pivot[i], b = load(x[n + i]) - pivot[i];
                 float c = load(x[2 * n + i]) - pivot[i], d = load(x[3 * n + i]) - pivot[i];
@@ -449,11 +487,19 @@ static void norm_affine(
 
 static void affine_layer(
         const float *x, long inputs, long outputs, const SCALAR *weight, const SCALAR *bias, float *out) {
-    for (long o = 0; o < outputs; o++) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < inputs; i++) sum += x[i] * load(weight[o * inputs + i]);
-        out[o] = sum + load(bias[o]);
+    for (long o = 0; o < outputs; o += 4) {
+        const SCALAR *row[4];
+        for (int j = 0; j < 4; j++) row[j] = weight + (o + j < outputs ? o + j : o) * inputs;
+        float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+        for (long i = 0; i < inputs; i++) {
+            sum0 += x[i] * load(row[0][i]);
+            sum1 += x[i] * load(row[1][i]);
+            sum2 += x[i] * load(row[2][i]);
+            sum3 += x[i] * load(row[3][i]);
+        }
+        const float sums[4] = {sum0, sum1, sum2, sum3};
+        for (int j = 0; j < 4 && o + j < outputs; j++) out[o + j] = sums[j] + load(bias[o + j]);
     }
 }
 
@@ -465,21 +511,84 @@ typedef struct {
     long hidden;
 } Parameters;
 
-/* A pixel of the dynamic context, and what it adds to the sums for the pooling. */
-static inline void shift_act(
-        const float *restrict x, const float *restrict shift, const SCALAR *restrict key, long n, SCALAR *restrict out,
-        float *restrict sum) {
-    for (long c = 0; c < n; c++) {
-        float z = x[c] + shift[c];
-        z *= sigmoid(z);
-        sum[c] += z + load(key[c]);
-        out[c] = store(z);
+/* The larger and the smaller of two numbers in each lane; y where either is a NaN. */
+static inline Floats larger(Floats x, Floats y) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+    return choose(x > y, x, y);
+#endif
+}
+
+static inline Floats smaller(Floats x, Floats y) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_min_ps((__m512)x, (__m512)y);
+#else
+    return choose(x < y, x, y);
+#endif
+}
+
+#define MOST 41.5f /* of |x| in SiLU: more change nothing, and the product of two exponentials stays finite */
+
+/* 1 + exp(-x) for x of at least -MOST. */
+static inline Floats one_plus_exponential(Floats x) {
+    x = smaller(x, (Floats){0} + MOST);
+    Floats shifted = x * -1.44269504f + 12582912.0f; /* powers of two, as in `exponential` */
+    Floats r = x * -1.44269504f - (shifted - 12582912.0f);
+    Floats p = r * 1.326472875e-3f + 9.671513182e-3f;
+    p = p * r + 5.550733745e-2f;
+    p = p * r + 2.402224208e-1f;
+    p = p * r + 6.931469776e-1f;
+    p = p * r + 1.0f;
+    return 1.0f + (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+/* SiLU of two vectors, by one division. */
+static inline void silu(Floats *x, Floats *y) {
+    *x = larger((Floats){0} - MOST, *x);
+    *y = larger((Floats){0} - MOST, *y);
+    Floats a = one_plus_exponential(*x), b = one_plus_exponential(*y), inverse = 1.0f / (a * b);
+    *x *= b * inverse;
+    *y *= a * inverse;
+}
+
+/* A row of the dynamic context, and its sums for the pooling. */
+static void shift_act(
+        const Shape *s, const float *x, const float *shift, const SCALAR *key, SCALAR *out, float *sums) {
+    long channels = s->channels, end = s->width * channels, c = 0;
+    for (; c + LANES <= channels; c += LANES) {
+        Floats sum = {0}, add = load_floats(shift + c);
+        for (long i = c; i < end; i += 2 * channels) {
+            long next = i + channels < end ? i + channels : i;
+            Floats a = load_floats(x + i) + add, b = load_floats(x + next) + add;
+            silu(&a, &b);
+            sum += a + load_scalars(key + i);
+            store_scalars(out + i, a);
+            if (next > i) {
+                sum += b + load_scalars(key + next);
+                store_scalars(out + next, b);
+            }
+        }
+        store_floats(sums + c, sum);
+    }
+    for (; c < channels; c++) {
+        sums[c] = 0;
+        for (long i = c; i < end; i += channels) {
+            float z = x[i] + shift[c];
+            z *= sigmoid(z);
+            sums[c] += z + load(key[i]);
+            out[i] = store(z);
+        }
     }
 }
 
-static void blend(
-        const SCALAR *restrict key, const float *restrict attn, long n, SCALAR *restrict out) {
-    for (long c = 0; c < n; c++) {
+static void blend(const SCALAR *restrict key, const float *restrict attn, long n, SCALAR *restrict out) {
+    long c = 0;
+    for (; c + LANES <= n; c += LANES) {
+        Floats dynamic = load_scalars(out + c);
+        store_scalars(out + c, dynamic + load_floats(attn + c) * (load_scalars(key + c) - dynamic));
+    }
+    for (; c < n; c++) {
         float dynamic = load(out[c]);
         out[c] = store(dynamic + attn[c] * (load(key[c]) - dynamic));
     }
@@ -504,22 +613,20 @@ static void fuse_image(
 #pragma omp parallel for num_threads(slices)
     for (int i = 0; i < slices; i++) {
         long first = i * s->height / slices, size = row_size(s, n);
-        float row_sum[channels], dynamic[channels + LANES], *filters = allocate(2 * size);
+        float row_sum[channels], *dynamic = allocate(row_size(s, channels)), *filters = allocate(2 * size);
         const float *row[MAX_TAPS];
         Window values = new_window(s, channels, first);
         for (long h = first; h < (i + 1) * s->height / slices; h++) {
-            memset(row_sum, 0, sizeof(row_sum));
+            long at = h * s->width * channels;
             fill_window(s, &values, h, value, NULL, NULL);
             window_taps(s, &values, h, row);
             load_filters(s, logits + h * s->width * n, scale, bias, filters + size, filters);
-            for (long w = 0; w < s->width; w++) {
-                long at = (h * s->width + w) * channels;
-                local_conv_pixel(s, &lanes, row, filters, w, dynamic);
-                shift_act(dynamic, shift, key + at, channels, out + at, row_sum);
-            }
+            local_conv_row(s, &lanes, row, filters, dynamic);
+            shift_act(s, dynamic, shift, key + at, out + at, row_sum);
             for (long c = 0; c < channels; c++) sums[i * channels + c] += row_sum[c];
         }
         free(values.memory);
+        free(dynamic);
         free(filters);
     }
 
@@ -681,16 +788,14 @@ static void norm_local_conv_row(
         const Shape *s, const Lanes *lanes, long b, long h, const float *value, const Norm *value_norm,
         const float *logits, const Norm *filter_norm, Window *values, float *filters, float *out) {
     long n = s->groups * s->kernel_size * s->kernel_size, channels = s->channels, at = (b * s->height + h) * s->width;
-    float sum[channels + LANES];
     const float *taps[MAX_TAPS];
     fill_window(s, values, h, value + b * s->height * s->width * channels, value_norm->scale, value_norm->bias);
     window_taps(s, values, h, taps);
     load_filters(s, logits + at * n, filter_norm->scale + b * n, filter_norm->bias + b * n,
         filters + row_size(s, n), filters);
-    for (long w = 0; w < s->width; w++) {
-        local_conv_pixel(s, lanes, taps, filters, w, sum);
-        memcpy(out + (at + w) * channels, sum, channels * sizeof(float));
-    }
+    float *row = filters + 2 * row_size(s, n);
+    local_conv_row(s, lanes, taps, filters, row);
+    memcpy(out + at * channels, row, s->width * channels * sizeof(float));
 }
 
 /* That of all images, and its moments. */
@@ -702,7 +807,7 @@ static void norm_local_conv(
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
         Window values = new_window(s, channels, 0);
-        float *filters = allocate(2 * row_size(s, n)), *image = out + b * pixels * channels;
+        float *filters = allocate(2 * row_size(s, n) + row_size(s, channels)), *image = out + b * pixels * channels;
         double *total = calloc(2 * channels, sizeof(double));
         for (long h = 0, done = 0; h < s->height; h++) {
             norm_local_conv_row(s, &lanes, b, h, value, value_norm, logits, filter_norm, &values, filters, out);
@@ -966,7 +1071,7 @@ void contexts_recompute(
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long b = 0; b < s->batch; b++) {
         Window values = new_window(s, channels, 0);
-        float *filters = allocate(2 * row_size(s, n)), sums[5 * channels];
+        float *filters = allocate(2 * row_size(s, n) + row_size(s, channels)), sums[5 * channels];
         double *total = act_sums + b * 5 * channels;
         memset(total, 0, 5 * channels * sizeof(double));
         for (long h = 0; h < s->height; h++) {
