@@ -17,6 +17,12 @@ from .ops.folded import why_not_cot_layer
 from .ops.watch import are_watched
 
 
+def _parameters(module: nn.Module, *names: str) -> List[Optional[torch.Tensor]]:
+    """Parameters of a module, which its attributes take ten times as long to give."""
+    found = module._parameters
+    return [found[name] if name in found else getattr(module, name) for name in names or ('weight', 'bias')]
+
+
 class FusedConv2d(nn.Conv2d):
     """act(conv(x) + addend): a folded convolution with what follows it.
 
@@ -71,8 +77,8 @@ class FusedConv2d(nn.Conv2d):
     ) -> torch.Tensor:
         """`forward` where `can_run_packed(x)`; with overwrite the result may take the memory of addend."""
         return conv2d_act(
-            x, self.weight, self.bias, addend, self.stride, self.padding, self.dilation, self.groups,
-            POST_OPS[type(self.act)], overwrite)
+            x, *_parameters(self), addend, self.stride, self.padding, self.dilation, self.groups,
+            POST_OPS[type(self._modules['act'])], overwrite)
 
     @torch.jit.unused
     def _forward_compiled(self, x: torch.Tensor, addend: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
@@ -166,12 +172,15 @@ class FusedCotLayer(nn.Module):
 
     @torch.jit.unused
     def _parameters_and_settings(self):
+        parts = self._modules
+        key_embed = parts['key_embed']
         parameters = CotParameters(
-            self.key_embed.weight, self.key_embed.bias, self.query.weight, self.query.bias, self.key.weight,
-            self.attn.weight, self.attn.bias, self.value.weight, self.value.bias, self.attn_scale, self.attn_shift,
-            self.shift, self.se_reduce.weight, self.se_reduce.bias, self.se_expand.weight, self.se_expand.bias)
+            *_parameters(key_embed), *_parameters(parts['query']), _parameters(parts['key'])[0],
+            *_parameters(parts['attn']), *_parameters(parts['value']),
+            *_parameters(self, 'attn_scale', 'attn_shift', 'shift'),
+            *_parameters(parts['se_reduce']), *_parameters(parts['se_expand']))
         settings = CotSettings(
-            self.kernel_size, self.dilation, self.key_embed.groups, self.groups, self.tap_by_tap, self.eps)
+            self.kernel_size, self.dilation, key_embed.groups, self.groups, self.tap_by_tap, self.eps)
         return parameters, settings
 
     def _fuse_contexts(self, value: torch.Tensor, attn: torch.Tensor, static: torch.Tensor) -> torch.Tensor:

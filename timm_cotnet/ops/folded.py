@@ -7,9 +7,8 @@ and activations in passes of their own. What is exported, scripted or traced see
 Filters are packed again when they change, as told by their address, dtype and version; `p.data.mul_()` changes none of
 them. A NaN may end in oneDNN's ReLU, which makes it zero.
 """
-import functools
 import weakref
-from typing import Callable, Dict, Hashable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,7 @@ class _Packed(NamedTuple):
     """What is kept of a filter."""
     weight: weakref.ref
     version: int
-    made: Dict[Hashable, Tuple[torch.Tensor, torch.Tensor]]  # by what for
+    made: Dict[Hashable, Tuple[Any, torch.Tensor]]  # by what for
 
 
 _PACKED: Dict[int, _Packed] = {}  # by the filter's id
@@ -110,48 +109,52 @@ def conv2d_act(
         return out.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
-    if groups > 1 and addend is None and act != 'swish' \
+    if groups > 1 and x.dtype == torch.float32 and addend is None and act != 'swish' \
             and why_not_key_conv(x, weight, groups, bias, stride, padding, dilation) is None:
-        filters = _keep(weight, 'transformed', lambda weight: transform_filters(weight, groups))
-        return key_conv(x, filters, bias, act == 'relu')
-    as_linear = addend is None and groups == 1 and weight.shape[2:] == (1, 1) and stride == (1, 1) \
-        and padding == (0, 0)  # less fixed cost for each call
-    pack = functools.partial(_pack, x=x, as_linear=as_linear, geometry=(padding, stride, dilation, groups))
-    packed = _keep(weight, (x.shape, as_linear), pack)
-    ops = torch.ops.mkldnn
-    if as_linear:
-        x = x.permute(0, 2, 3, 1)
-        return ops._linear_pointwise.default(x, packed, bias, act, [], '').permute(0, 3, 1, 2)
-    args = (packed, bias, padding, stride, dilation, groups)
+        return key_conv(x, _keep(weight, transform_filters, groups), bias, act == 'relu')
+    conv = _keep(weight, _pack, x.shape, stride, padding, dilation, groups, act, addend is not None)
     if addend is None:
-        return ops._convolution_pointwise.default(x, *args, act, [], '')
-    addend = addend.contiguous(memory_format=torch.channels_last)
-    if overwrite:
-        return ops._convolution_pointwise_.binary(addend, x, *args, 'add', 1.0, act, [], '')
-    return ops._convolution_pointwise.binary(x, addend, *args, 'add', 1.0, act, [], '')
+        return conv(x, bias)
+    return conv(x, bias, addend.contiguous(memory_format=torch.channels_last), overwrite)
 
 
-def _keep(weight: torch.Tensor, made_for: Hashable, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """make(weight), for as long as the filters neither change nor die."""
+def _keep(weight: torch.Tensor, make: Callable, *args: Hashable) -> Any:
+    """make(weight, *args), for as long as the filters neither change nor die."""
     kept = _PACKED.get(id(weight))
     if kept is None or kept.weight() is not weight or kept.version != weight._version:
         key = id(weight)
         kept = _PACKED[key] = _Packed(weakref.ref(weight, lambda _: _PACKED.pop(key, None)), weight._version, {})
-    made_for = (made_for, weight.dtype, weight.data_ptr())
+    made_for = (make, args, weight.dtype, weight.data_ptr())
     entry = kept.made.get(made_for)
     if entry is None:
         for old in list(kept.made)[:max(0, len(kept.made) + 1 - _MAX_PACKED)]:
             kept.made.pop(old, None)  # another thread may have done so
         # with the numbers themselves: as long as they live, no others can have their address
-        entry = kept.made[made_for] = make(weight.detach()), weight.detach()
+        entry = kept.made[made_for] = make(weight.detach(), *args), weight.detach()
     return entry[0]
 
 
-def _pack(weight: torch.Tensor, x: torch.Tensor, as_linear: bool, geometry: Tuple) -> torch.Tensor:
-    """The filters in oneDNN's order for inputs like x."""
-    if as_linear:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, x.shape)
+def _pack(
+        weight: torch.Tensor, shape: torch.Size, stride: Tuple, padding: Tuple, dilation: Tuple, groups: int, act: str,
+        adds: bool) -> Callable:
+    """The convolution of inputs of one shape, with the filters in oneDNN's order."""
+    ops = torch.ops.mkldnn
+    if not adds and groups == 1 and weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0):
+        packed = ops._reorder_linear_weight(weight.flatten(1).contiguous(), shape.numel() // shape[1])
+        linear = ops._linear_pointwise.default  # less fixed cost for each call
+        return lambda x, bias: linear(x.permute(0, 2, 3, 1), packed, bias, act, [], '').permute(0, 3, 1, 2)
+    geometry = (padding, stride, dilation, groups)
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry, shape)
+    if not adds:
+        conv = ops._convolution_pointwise.default
+        return lambda x, bias: conv(x, packed, bias, *geometry, act, [], '')
+    conv, conv_ = ops._convolution_pointwise.binary, ops._convolution_pointwise_.binary
+
+    def add(x, bias, addend, overwrite):
+        if overwrite:
+            return conv_(addend, x, packed, bias, *geometry, 'add', 1.0, act, [], '')
+        return conv(x, addend, packed, bias, *geometry, 'add', 1.0, act, [], '')
+    return add
 
 
 def _plain(x, weight, bias, addend, stride, padding, dilation, groups: int, act: str) -> torch.Tensor:
