@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
-from torch import nn
 
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops import folded, native

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from . import native
 from .key_conv import key_conv, transform_filters, why_not_key_conv
+from .pointwise import pack_pairs, pointwise, why_not_pointwise
 from .watch import is_traced
 
 POST_OPS = {nn.Identity: 'none', nn.ReLU: 'relu', nn.SiLU: 'swish'}  # activations that oneDNN fuses
@@ -233,9 +234,13 @@ def cot_layer(x: torch.Tensor, p: CotParameters, settings: CotSettings) -> torch
         return conv2d_act(x, weight, bias, addend, one, zero, one, groups, act, overwrite=True)
 
     static = conv2d_act(x, p.static, p.static_bias, None, one, padding, (d, d), settings.key_groups, 'relu')
-    attn = conv1x1(static, p.key, None, 'relu', addend=conv1x1(x, p.query, p.query_bias))
-    attn = conv1x1(attn, p.attn, p.attn_bias)
-    value = conv1x1(x, p.value, p.value_bias)
+    if groups == 1 and why_not_pointwise(x, *p[2:9]) is None:
+        query, key, attn, value = (_keep(weight, pack_pairs) for weight in (p.query, p.key, p.attn, p.value))
+        attn, value = pointwise(x, static, query, p.query_bias, key, attn, p.attn_bias, value, p.value_bias)
+    else:
+        attn = conv1x1(static, p.key, None, 'relu', addend=conv1x1(x, p.query, p.query_bias))
+        attn = conv1x1(attn, p.attn, p.attn_bias)
+        value = conv1x1(x, p.value, p.value_bias)
     gamma, beta, *others = (parameter.data_ptr() for parameter in p[9:])
     parameters = native.Parameters(gamma, beta, settings.eps, *others, p.se_expand.shape[1])
     return native.fuse_contexts(value, attn, static, parameters, k, d, groups, settings.tap_by_tap)
