@@ -1,7 +1,7 @@
 """Local convolution, the operator of CoT: `local_conv.py` is the front end, each other file one implementation.
 
-The rest is what stands beside it in a network on the CPU: `key_conv.py`, `contexts.py` and `batch_norm.py` for training,
-`folded.py` and `pointwise.py` for inference.
+The rest is what stands beside it in a network on the CPU: `key_conv.py`, `contexts.py` and `batch_norm.py` for
+training, `folded.py` and `pointwise.py` for inference.
 """
 from .local_conv import grouped_local_conv, local_conv
 

@@ -1,4 +1,4 @@
-"""Operators of folded models on the CPU: convolutions on oneDNN with packed filters, which also apply what follows them.
+"""Operators of folded models on the CPU: convolutions on oneDNN with packed filters, and what follows them.
 
 Eager models call `conv2d_act` where `can_run_packed`. What `torch.compile` compiles for evaluation calls the same as an
 operator of the graph (`can_compile_packed`): a compiler would call oneDNN without packed filters, and would apply sums

@@ -1,4 +1,4 @@
-/* The 1x1 convolutions of a folded CoT layer in bfloat16, by the processor's products of pairs of numbers (AVX-512 BF16).
+/* The 1x1 convolutions of a folded CoT layer in bfloat16, by products of pairs of numbers (AVX-512 BF16).
 `pointwise.py` compiles this file and says what the arguments are.
 
 Images are (pixels, channels). A block of pixels goes through all four convolutions while it is in the cache:
