@@ -541,6 +541,7 @@ PLAIN_CONV = {
     'stride': lambda a: [_replace(a, nn.Conv2d(12, 20, 1, 2, bias=False)), a.update(residual=None)],
     'groups': lambda a: _replace(a, nn.Conv2d(12, 20, 1, groups=2, bias=False)),
     '3x3': lambda a: _replace(a, nn.Conv2d(12, 20, 3, padding=1, bias=False)),
+    'parametrized': lambda a: torch.nn.utils.parametrize.register_parametrization(a['conv'], 'weight', nn.Identity()),
     'subclass': lambda a: _replace(a, OtherConv2d(12, 20, 1, bias=False)),
     'hook': lambda a: a['conv'].register_forward_hook(lambda module, args, out: out * 2),
     'odd channels': lambda a: [
@@ -572,6 +573,79 @@ def test_conv_not_fused(condition):
     wanted, = torch.autograd.grad(expected.square().sum(), x)
     assert g.abs().sum() > 0
     torch.testing.assert_close(g, wanted)
+
+
+@needs_native
+def test_more_threads_than_pixels_in_the_backward():
+    xs, conv, norm, residual, grad = conv_inputs((1, 16, 32, 8, 5))
+    tensors = (*xs, conv.weight, residual)
+    expected = torch.autograd.grad(conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual), tensors, grad)
+    before = torch.get_num_threads()
+    out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    torch.set_num_threads(70)
+    try:
+        actual = torch.autograd.grad(out, tensors, grad)
+    finally:
+        torch.set_num_threads(before)
+    for ours, wanted in zip(actual, expected):
+        assert_close(ours, wanted.double())
+
+
+@needs_native
+def test_what_hooks_keep_stays_as_it_is():
+    xs, conv, norm, residual, grad = conv_inputs()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or len(kept) - 1, lambda i: kept[i]):
+        out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    before = [tensor.clone() for tensor in kept]
+    out.backward(grad)
+    assert len(kept) == 7 and all(map(torch.equal, before, kept))
+
+
+@needs_native
+def test_hooks_that_change_strides_or_dtype():
+    xs, conv, norm, residual, grad = conv_inputs()
+    tensors = (*xs, conv.weight, norm.weight, residual)
+    expected = torch.autograd.grad(conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual), tensors, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, -t], -1), lambda t: t[..., 0]):
+        out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    assert all(map(torch.equal, torch.autograd.grad(out, tensors, grad), expected))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t):
+        out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    with pytest.raises(TypeError, match='another dtype'):
+        out.backward(grad)
+
+
+@needs_native
+def test_backward_through_fused_and_plain_passes():
+    (x,), conv, norm, _, _ = conv_inputs(residual=False)
+    conv64, norm64, x64 = in_double(conv, norm, x)
+    loss, loss64 = (
+        f(c, n, nn.ReLU(), i.contiguous()).sum() + (f(c, n, nn.ReLU(), i) ** 2).sum()
+        for f, c, n, i in ((conv_norm_act, conv, norm, x), (plain_conv, conv64, norm64, x64)))
+    loss.backward(), loss64.backward()
+    assert_close(x.grad, x64.grad)
+    assert_close(norm.running_var, norm64.running_var)
+
+
+@needs_native
+def test_shared_input_without_gradient():
+    (x,), conv, norm, residual, grad = conv_inputs()
+    x = x.detach()
+    out, shared = conv_norm_act(conv, norm, nn.ReLU(), x, residual=residual, share=True)
+    assert is_fused(out) and shared is x
+    out.backward(grad)
+    assert conv.weight.grad.abs().sum() > 0
+
+
+@needs_native
+def test_negated_views():
+    xs, conv, norm, residual, grad = conv_inputs()
+    out = conv_norm_act(conv, norm, nn.ReLU(), torch._neg_view(xs[0]), residual=residual)
+    assert_close(out, conv_norm_act(conv, norm, nn.ReLU(), -xs[0], residual=residual).detach().double())
+    out = conv_norm_act(conv, norm, nn.ReLU(), *xs, residual=residual)
+    negated, = torch.autograd.grad(out, conv.weight, torch._neg_view(grad), retain_graph=True)
+    assert torch.equal(negated, -torch.autograd.grad(out, conv.weight, grad)[0])
 
 
 def test_conv_errors_are_those_of_the_module():

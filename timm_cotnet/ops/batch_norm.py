@@ -75,8 +75,10 @@ def conv_norm_act(
     """
     if why_not_conv(conv, inputs) is None and why_not_fused(
             inputs[0], norm, act, residual, conv.out_channels) is None:
-        return BatchNormAct.apply(
-            norm, type(act) is nn.ReLU, share, norm.weight, norm.bias, residual, conv.weight, *inputs)
+        out = BatchNormAct.apply(
+            norm, type(act) is nn.ReLU, share and inputs[0].requires_grad, norm.weight, norm.bias, residual,
+            conv.weight, *inputs)
+        return (out, inputs[0]) if share and not inputs[0].requires_grad else out
     x = conv(*inputs) if len(inputs) == 1 else conv.pair(*inputs)
     out = batch_norm_act(x, norm, act, residual)
     return (out, inputs[0]) if share else out
@@ -90,6 +92,8 @@ def why_not_conv(conv: nn.Conv2d, inputs: Sequence[Tensor]) -> Optional[str]:
         return 'it is no 1x1 convolution of stride 1 and one group'
     if conv.bias is not None:
         return 'the convolution has a bias'
+    if 'weight' not in conv._parameters:
+        return 'the filters are computed anew whenever they are read'
     if are_watched([conv]):
         return 'hooks want to see the convolution run'
     x, filters = inputs[0], conv.weight
@@ -168,6 +172,7 @@ def _is_plain(tensor: Optional[Tensor], shape: tuple) -> bool:
         and tensor.dtype == torch.float32
         and tensor.device.type == 'cpu'
         and tensor.shape == shape
+        and not tensor.is_neg()
     )
 
 
@@ -191,8 +196,9 @@ class BatchNormAct(torch.autograd.Function):
             conv, *_sizes(x), *_pointers(x, weight, bias, residual, statistics, out), ctypes.c_double(norm.eps),
             ctypes.c_int(relu), ctypes.c_int(torch.get_num_threads()))
         norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(statistics[0], norm.momentum)
-        norm.running_var.lerp_(statistics[3], norm.momentum)
+        # as plain batch norm, which saves them: autograd is not told that they change
+        norm.running_mean.data.lerp_(statistics[0], norm.momentum)
+        norm.running_var.data.lerp_(statistics[3], norm.momentum)
         ctx.eps, ctx.relu, ctx.residual = norm.eps, relu, residual is not None
         ctx.set_materialize_grads(False)
         # what ReLU lets through follows from x, unless there is a residual
@@ -204,22 +210,31 @@ class BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, shared=None):
         x, weight, bias, statistics, out, filters, *inputs = ctx.saved_tensors
-        if grad is None:
-            grad = torch.zeros_like(x)
+        if grad is None:  # only the shared input was read
+            return *(None for _ in range(7)), shared, *(None for _ in inputs[1:])
         # a second derivative is wanted, or many gradients at once: the first one as differentiable plain PyTorch
         if torch.is_grad_enabled() or any(
                 torch._C._functorch.is_legacy_batchedtensor(g) for g in (grad, shared) if g is not None):
             return _gradients(ctx, grad, shared, x, weight, bias, out, filters, *inputs)
-        # hooks may change the strides of what is saved
+        # Nobody reads x again but this backward, unless the graph is kept. A hook on what is saved may have kept it:
+        # then it is not the graph's own tensor, which the graph and this name refer to.
+        is_last_use = filters is not None and x._use_count() == 2 \
+            and not torch._C._autograd._get_current_graph_task_keep_graph()
+        # hooks may also change strides and dtypes
+        saved = (x, weight, bias, statistics, out, filters, *inputs)
+        if any(tensor is not None and tensor.dtype != torch.float32 for tensor in saved):
+            raise TypeError('tensors that were saved in float32 have another dtype now, by a saved-tensors hook')
+        weight, bias, statistics = (tensor.contiguous() for tensor in (weight, bias, statistics))
         grad, x, out, shared, *inputs = (
-            tensor if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+            tensor if tensor is None else tensor.resolve_neg().contiguous(memory_format=torch.channels_last)
             for tensor in (grad, x, out, shared, *inputs))
         wanted = ctx.needs_input_grad[6:]
+        threads = min(torch.get_num_threads(), x.numel() // x.shape[1])  # each has a pixel
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
         if out is None:
             grad_residual = grad
-        elif filters is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
-            grad_residual = x  # nobody else knows it, and this was its last use
+        elif is_last_use:
+            grad_residual = x
         else:
             grad_residual = empty_like(x)
         grad_x = grad_filters = conv = None
@@ -230,14 +245,12 @@ class BatchNormAct(torch.autograd.Function):
             filters = filters.contiguous()
             grad_inputs = [empty_like(t) if want else None for t, want in zip(inputs, wanted[1:])]
             grad_filters = torch.empty_like(filters) if wanted[0] else None
-            channels = x.shape[1]
-            room = _PIXELS * (channels + _PAD + _PANEL) + filters.numel()
-            scratch = x.new_empty(filters.numel() + torch.get_num_threads() * room)
+            room = _PIXELS * (x.shape[1] + _PAD + _PANEL) + filters.numel()
+            scratch = x.new_empty(filters.numel() + threads * room)
             conv = _convolution(inputs, filters, scratch, grad_inputs, grad_filters, shared)
         load(torch.float32, _SOURCE).batch_norm_act_backward(
             conv, *_sizes(x), *_pointers(grad, x, out, weight, bias, statistics, grad_x, grad_weight, grad_bias),
-            *_pointers(None if out is None else grad_residual), ctypes.c_int(ctx.relu),
-            ctypes.c_int(torch.get_num_threads()))
+            *_pointers(None if out is None else grad_residual), ctypes.c_int(ctx.relu), ctypes.c_int(threads))
         grad_residual = grad_residual if ctx.residual else None
         return None, None, None, grad_weight, grad_bias, grad_residual, grad_filters, *grad_inputs
 

@@ -96,8 +96,6 @@ class FuseContexts(torch.autograd.Function):
         _call('contexts_forward', value, ctx.layer, value, logits, static, *norms, table, out, pooled)
         for norm in (value_bn, bn):
             norm.num_batches_tracked.add_(1)
-            for statistic in (norm.running_mean, norm.running_var):
-                torch.autograd.graph.increment_version(statistic)  # kernels do not tell autograd what they write
         attn = _static_weight(layer.se(pooled))
         _call('contexts_blend', value, ctx.layer, out, table, static, attn)
         ctx.save_for_backward(value, logits, static, pooled, attn, table, *parameters)

@@ -18,7 +18,7 @@ from .native import load
 from .watch import is_traced
 
 _SOURCE = 'key_conv.c'
-_ROWS, _PAD = 8, 16  # of key_conv.c
+_ROWS, _PAD = 8, 16  # the most of multiply.h; that of key_conv.c
 # What a thread works on at once; chosen by measurements, with a level 2 cache of a megabyte.
 _BLOCK = 32  # tiles
 _CHANNELS = 128  # of groups that are worked on together
