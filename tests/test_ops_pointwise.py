@@ -96,6 +96,20 @@ def test_layers_use_it(monkeypatch):
     assert calls == [1]
 
 
+@torch.no_grad()
+def test_parameters_made_in_inference_mode():
+    """They have no version, so no filters of theirs are kept."""
+    layer = filled(CotLayer(16)).eval().fuse().bfloat16()
+    x = golden_input((2, 16, 6, 5), 'x').bfloat16()
+    expected = layer(x)
+    for module in layer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            with torch.inference_mode():
+                module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+    assert layer.query.weight.is_inference()
+    assert (layer(x).float() - expected.float()).abs().max() < 0.02 * expected.abs().max()
+
+
 @pytest.mark.parametrize('reason, x', [
     ('contiguous bfloat16', X.float()), ('no pairs', torch.zeros(1, 6, 1, 1, dtype=torch.bfloat16))])
 def test_why_not(reason, x):

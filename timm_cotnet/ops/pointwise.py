@@ -19,6 +19,8 @@ def why_not_pointwise(x: Tensor, *parameters: Tensor) -> Optional[str]:
     """The reason why `pointwise` cannot take x and filters and biases here and now; None if it can."""
     if x.dtype != torch.bfloat16 or any(p.dtype != torch.bfloat16 or not p.is_contiguous() for p in parameters):
         return 'the tensors are not contiguous bfloat16'
+    if any(p.is_inference() for p in parameters):
+        return 'filters made in inference mode have no version that would tell when they change'
     if x.shape[1] % 4 != 0:
         return f'half of {x.shape[1]} channels are no pairs'
     library = load(torch.bfloat16, _SOURCE)
