@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 import timm
 import torch
 import yaml
-from timm.models._pretrained import filter_pretrained_cfg
+from timm.models import filter_pretrained_cfg
 
 from .hub import DEFAULT_NAMESPACE
 from .published import CODE_URL, DETECTION_URL, PAPER_URL, PUBLISHED, Published

@@ -16,6 +16,7 @@ import timm
 import torch
 
 from .cotnet import default_cfgs
+from .misfit import classes_instead, differences, first_few
 from .published import PUBLISHED
 
 __all__ = [
@@ -107,7 +108,7 @@ def find_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[Dict[str, to
     foreign = [key for key, value in state.items() if not (isinstance(key, str) and torch.is_tensor(value))]
     if foreign or not state:
         raise CheckpointError(
-            f'the file holds no weights: {first(map(str, foreign)) or "nothing"} where a state dict, or a training '
+            f'the file holds no weights: {first_few(map(str, foreign)) or "nothing"} where a state dict, or a training '
             'checkpoint with state_dict, state_dict_ema or model, was expected')
     while all(key.startswith('module.') for key in state):
         state = {key[len('module.'):]: value for key, value in state.items()}
@@ -117,13 +118,6 @@ def find_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[Dict[str, to
 def _get(mapping: Any, name: str) -> Any:
     """Item of a dict; a forged pickle may have given it attributes that hide its methods."""
     return dict.get(mapping, name) if isinstance(mapping, dict) else None
-
-
-def first(names: Iterable[str], count: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - count
-    return ', '.join(names[:count]) + (f' and {more} more' if more > 0 else '')
 
 
 DETECTION_PREFIX = 'backbone.bottom_up.'
@@ -186,19 +180,8 @@ def meta_model(name: str, num_classes: Optional[int] = None) -> torch.nn.Module:
 
 
 @lru_cache(maxsize=None)
-def _shapes(variant: str, num_classes: int) -> Dict[str, torch.Size]:
-    return {key: value.shape for key, value in meta_model(variant, num_classes).state_dict().items()}
-
-
-def _differences(state_dict: Dict[str, torch.Tensor], variant: str, num_classes: int) -> Dict[str, List[str]]:
-    expected = _shapes(variant, num_classes)
-    return {
-        'missing': [key for key in expected if key not in state_dict],
-        'unexpected': [key for key in state_dict if key not in expected],
-        'other shape': [
-            f'{key} {tuple(state_dict[key].shape)} instead of {tuple(shape)}'
-            for key, shape in expected.items() if key in state_dict and state_dict[key].shape != shape],
-    }
+def _expected(variant: str, num_classes: int) -> Dict[str, torch.Tensor]:
+    return meta_model(variant, num_classes).state_dict()
 
 
 def find_variant(state_dict: Dict[str, torch.Tensor], num_classes: int, variant: Optional[str] = None) -> str:
@@ -212,20 +195,22 @@ def find_variant(state_dict: Dict[str, torch.Tensor], num_classes: int, variant:
     Raises:
         CheckpointError: If the weights do not fit the variant, or fit none; it says which is nearest and what differs.
     """
-    differences = {}
+    found = {}
     for name in ([variant] if variant else []) + [name for name in default_cfgs if name != variant]:
-        differences[name] = _differences(state_dict, name, num_classes)
-        if not any(differences[name].values()):
+        found[name] = differences(state_dict, _expected(name, num_classes))
+        if not any(found[name].values()):
             if variant in (None, name):
                 return name
             raise CheckpointError(f'the weights are not those of {variant}, but fit {name}: pass --model {name}')
-    nearest = min(differences, key=lambda name: sum(map(len, differences[name].values())))
-    count = sum(map(len, differences[nearest].values()))
-    details = '\n'.join(f'  {what}: {first(keys)}' for what, keys in differences[nearest].items() if keys)
+    nearest = min(found, key=lambda name: sum(map(len, found[name].values())))
+    expected, count = _expected(nearest, num_classes), sum(map(len, found[nearest].values()))
     said = f'the weights fit neither {variant} nor another variant' if variant else 'the weights fit no variant'
-    raise CheckpointError(
-        f'{said}; nearest is {nearest}, with {count} differences to its {len(_shapes(nearest, num_classes))} entries:\n'
-        f'{details}')
+    lines = [f'{said}; nearest is {nearest}, with {count} differences to its {len(expected)} entries:']
+    lines += [f'  {what}: {first_few(keys)}' for what, keys in found[nearest].items() if keys]
+    classes = classes_instead(state_dict, expected)
+    if classes is not None:
+        lines.append(f'only the classifier differs: it has {classes} classes instead of {num_classes}')
+    raise CheckpointError('\n'.join(lines))
 
 
 def resolve_model(name: str) -> Tuple[str, str]:

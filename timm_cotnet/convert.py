@@ -4,7 +4,6 @@ What is written into the folder is what the Hub repository of the model holds. A
 one go.
 """
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -20,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .cards import card_files, plain_card_files
-from .checkpoint import CheckpointError, find_state_dict, find_tag, find_variant, first, is_detection, meta_model
+from .checkpoint import CheckpointError, find_state_dict, find_tag, find_variant, is_detection, meta_model
 from .checkpoint import published_tags, read_checkpoint, rename_detection, resolve_model
+from .digest import sha256
 from .hub import WEIGHTS_NAME
+from .misfit import first_few
 from .published import PUBLISHED
-from .verify import verify
+from .verify import add_data_options, verify_all
 
-__all__ = ['Conversion', 'FolderRow', 'convert', 'convert_folder', 'sha256']
+__all__ = ['Conversion', 'FolderRow', 'convert', 'convert_folder']
 
 CHECKPOINT_SUFFIXES = ('.tar', '.pth', '.pt', '.pkl', '.bin')
 RECORD_NAME = 'conversions.json'
@@ -134,15 +135,6 @@ def _sync_and_digest(path: Path) -> str:
     return sha256(path)
 
 
-def sha256(path: Path) -> str:
-    """Digest of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class FolderRow:
     """What became of one file of a folder.
@@ -182,7 +174,7 @@ def convert_folder(
     unknown = models.keys() - set(names)
     if unknown:
         raise CheckpointError(
-            f'--model names {first(sorted(unknown))}, not among the checkpoints in {folder}: {first(names, 20)}')
+            f'--model names {first_few(sorted(unknown))}, not among the checkpoints in {folder}: {first_few(names, 20)}')
     record_path = output / RECORD_NAME
     record = _read_record(record_path)
     made: Dict[str, str] = {}
@@ -255,11 +247,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         help='name with or without a tag, such as cotnet50 (default: found by keys and shapes); for a folder FILE=NAME')
     parser.add_argument('--output', type=Path, help='folder to write to; for a folder, one inside it per model')
     parser.add_argument('--no-ema', action='store_true', help='take state_dict even where there is a state_dict_ema')
-    parser.add_argument('--verify', type=Path, metavar='DIR', help='evaluate what was converted into DIR')
-    parser.add_argument('--data', type=Path, help='image folder with a folder per class, to verify on')
-    parser.add_argument('--batch-size', type=int, default=64, help='images verified at once (default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='where the model runs when verifying (default: %(default)s)')
+    parser.add_argument(
+        '--verify', type=Path, metavar='DIR', help='evaluate what was converted into DIR, as timm_cotnet.verify does')
+    add_data_options(parser)
     args = parser.parse_args(argv)
     if args.verify is None and (args.checkpoint is None or args.output is None):
         parser.error('CHECKPOINT and --output are needed, or --verify and --data')
@@ -267,7 +257,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error('--verify needs --data, and no CHECKPOINT')
     try:
         if args.verify is not None:
-            return _main_verify(args)
+            return verify_all(args.verify, args.data, args.batch_size, args.workers, args.device)
         return _main_folder(args) if args.checkpoint.is_dir() else _main_file(args)
     except (CheckpointError, OSError, RuntimeError) as e:  # the last from timm, about images or weights
         print(f'error: {e}', file=sys.stderr)
@@ -302,22 +292,6 @@ def _main_folder(args: argparse.Namespace) -> int:
         if name not in names:
             print(f'not among them: {name}, published at {facts.url}')
     return int(not rows or any(row.status == 'failed' for row in rows))
-
-
-def _main_verify(args: argparse.Namespace) -> int:
-    folders = [args.verify] if (args.verify / 'config.json').exists() else sorted(
-        path.parent for path in args.verify.glob(f'*/{WEIGHTS_NAME}'))
-    if not folders:
-        raise CheckpointError(f'{args.verify} holds no converted model')
-    results = [verify(folder, args.data, args.batch_size, args.workers, args.device) for folder in folders]
-    for result in results:
-        for what, measured, published, tolerance in zip(
-                ('top-1', 'top-5'), result.measured, result.published, result.tolerance):
-            print(
-                f'{result.name}: {what} {measured:.3f} %, published {published:.1f} %, '
-                f'difference {measured - published:+.3f}, tolerance {tolerance:.2f} points')
-        print(f'{result.name}: {"agrees" if result.agrees else "DOES NOT AGREE"} on {result.images} images')
-    return int(not all(result.agrees for result in results))
 
 
 if __name__ == '__main__':

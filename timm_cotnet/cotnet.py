@@ -18,18 +18,18 @@ from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AvgPool2dSame, BlurPool2d, DropPath, SplitAttn, create_aa, create_attn, create_classifier
 from timm.layers import get_act_layer, get_norm_layer
-from timm.models._builder import build_model_with_cfg
-from timm.models._manipulate import checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import register_model_deprecations
 from timm.models.resnet import ResNet, drop_blocks
 
 from .fold import fold_pair, fold_sequential
 from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, make_stem_foldable
-from .hub import HUB_NAMESPACE, WEIGHTS_NAME, CheckedLoading, build_pretrained, hook_config_loader
+from .hub import HUB_NAMESPACE, WEIGHTS_NAME
 from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
 from .ops.batch_norm import batch_norm_act, conv_norm_act
 from .ops.folded import can_run_packed, max_pool
 from .ops.watch import are_watched
+from .pretrained import CheckedLoading, build_pretrained, hook_config_loader
 from .published import PUBLISHED
 
 __all__ = ['CotBottleneck', 'SplitAttnBottleneck', 'CotNet', 'SeCotNetD']

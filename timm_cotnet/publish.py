@@ -4,9 +4,7 @@ Uploads what `timm_cotnet.convert` wrote, in one commit per model, then download
 What the Hub has already is not uploaded again, so that a push that broke off can simply be repeated.
 """
 import argparse
-import hashlib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import CheckpointError, find_variant
-from .convert import CHECKPOINT_SUFFIXES, sha256
+from .convert import CHECKPOINT_SUFFIXES
 from .cotnet import default_cfgs
+from .digest import digest_in, find_difference, sha256
 from .hub import WEIGHTS_NAME
 
 __all__ = ['PublishError', 'Publication', 'publish']
@@ -132,11 +131,9 @@ def _is_there(api: HfApi, repo_id: str, name: str, path: Path) -> bool:
         etag = api.get_hf_file_metadata(url=hf_hub_url(repo_id, name, endpoint=api.endpoint)).etag
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return False
-    if re.fullmatch('[0-9a-f]{64}', etag or ''):
-        return etag == sha256(path)
-    if re.fullmatch('[0-9a-f]{40}', etag or ''):
-        content = path.read_bytes()
-        return etag == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+    digest = digest_in(etag)
+    if digest:
+        return not find_difference(path, digest)
     return _download_digest(api, repo_id, name, 'main') == sha256(path)
 
 

@@ -1,10 +1,14 @@
-"""Evaluation of converted weights with timm's loaders, beside the published accuracy."""
+"""Converted weights evaluated beside their published accuracy: `python -m timm_cotnet.verify DIR --data IMAGENET`.
+
+The images are loaded and the model is run as timm's `validate.py` does.
+"""
+import argparse
 import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Tuple
+from typing import List, Optional, Tuple
 
 import timm
 import torch
@@ -15,7 +19,7 @@ from .checkpoint import CheckpointError
 from .hub import WEIGHTS_NAME
 from .published import PUBLISHED
 
-__all__ = ['Verification', 'verify']
+__all__ = ['Verification', 'verify', 'verify_all']
 
 TOLERANCE = 0.2  # points of accuracy: published numbers are rounded to 0.1, and libraries decode and resize differently
 
@@ -64,7 +68,8 @@ def verify(
         device: Where the model runs.
 
     Raises:
-        CheckpointError: If nothing was published to compare with, or there are no such images.
+        CheckpointError: If nothing was published to compare with, or the images are not of ImageNet's classes.
+        RuntimeError: If there are no images, or the weights do not fit.
     """
     config = json.loads(Path(folder, 'config.json').read_text())
     name = f'{config["architecture"]}.{config["pretrained_cfg"].get("tag")}'
@@ -102,3 +107,66 @@ def verify(
     errors = [math.sqrt(p * (100 - p) / top1.count) if top1.count < 50000 else 0 for p in published]
     tolerance = tuple(TOLERANCE + 3 * error for error in errors)
     return Verification(name, top1.count, (top1.avg, top5.avg), published, tolerance)
+
+
+def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2, device: str = 'cpu') -> int:
+    """Evaluates one converted model, or each in a folder of them, and prints how it compares.
+
+    Args:
+        folder: What `convert` wrote, or a folder that holds such folders.
+        data: As for `verify`.
+        batch_size: Images at once.
+        workers: Processes that load images.
+        device: Where the model runs.
+
+    Returns:
+        Exit status: 0 if all models agree with their published accuracy, else 1.
+
+    Raises:
+        CheckpointError: If there is no converted model, nothing was published to compare with, or there are no images.
+    """
+    folder = Path(folder)
+    folders = [folder] if (folder / 'config.json').exists() else sorted(
+        path.parent for path in folder.glob(f'*/{WEIGHTS_NAME}'))
+    if not folders:
+        raise CheckpointError(f'{folder} holds no converted model; make one with python -m timm_cotnet.convert')
+    results = [verify(folder, data, batch_size, workers, device) for folder in folders]
+    for result in results:
+        for what, measured, published, tolerance in zip(
+                ('top-1', 'top-5'), result.measured, result.published, result.tolerance):
+            print(
+                f'{result.name}: {what} {measured:.3f} %, published {published:.1f} %, '
+                f'difference {measured - published:+.3f}, tolerance {tolerance:.2f} points')
+        print(f'{result.name}: {"agrees" if result.agrees else "DOES NOT AGREE"} on {result.images} images')
+    return int(not all(result.agrees for result in results))
+
+
+def add_data_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Adds what a command needs to know of images and of how they are evaluated.
+
+    Args:
+        parser: Parser of the command.
+        required: Whether the command cannot do without images.
+    """
+    parser.add_argument(
+        '--data', type=Path, required=required,
+        help="ImageNet's validation images, or some of them: a folder with a folder per class")
+    parser.add_argument('--batch-size', type=int, default=64, help='images evaluated at once (default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
+    parser.add_argument('--device', default='cpu', help='where the model runs (default: %(default)s)')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog='python -m timm_cotnet.verify', description=__doc__.split('\n')[0])
+    parser.add_argument('folder', type=Path, help='what timm_cotnet.convert wrote: one model, or a folder of them')
+    add_data_options(parser, required=True)
+    args = parser.parse_args(argv)
+    try:
+        return verify_all(args.folder, args.data, args.batch_size, args.workers, args.device)
+    except (CheckpointError, OSError, RuntimeError) as e:  # the last from timm, about images or weights
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""The package's commands, a line each: `python -m timm_cotnet`."""
+import argparse
+import sys
+from typing import List, Optional
+
+COMMANDS = {
+    'demo': 'fine-tunes a small CoTNet on real images, in minutes',
+    'explain': 'says which implementation works on each part of a model, and why',
+    'convert': 'makes safetensors and config of an official checkpoint',
+    'verify': 'compares the accuracy of converted weights with the published one',
+    'publish': 'uploads converted weights to the Hub',
+    'cards': 'writes the model cards of the Hub repositories',
+}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    lines = [f'  python -m timm_cotnet.{name:8} {what}' for name, what in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_cotnet', usage='python -m timm_cotnet.COMMAND [options]',
+        description='Contextual Transformer networks for timm. Lists the commands, each of which has a --help.',
+        epilog='\n'.join(['commands:', *lines]), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
+    parser.print_help()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
