@@ -1,8 +1,13 @@
-"""The Hub repositories' cards and configs, from the registry and the published facts: `python -m timm_cotnet.cards`."""
+"""The Hub repositories' cards and configs, from the registry and the published facts: `python -m timm_cotnet.cards`.
+
+`card_template.md` is the text of a card; its `$names` are filled in here.
+"""
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
+from string import Template
 from typing import Any, Dict, List, Optional
 
 import timm
@@ -154,139 +159,34 @@ def _card(name: str, model: torch.nn.Module) -> str:
     variant, tag = name.split('.')
     cfg = model.pretrained_cfg
     size = cfg['input_size'][-1]
-    checkpoint = f'{variant}{tag.removeprefix("jd_in1k")}.pth.tar'
-    sections = [
-        _front_matter(_metadata(name, facts)) + f'''
-# {name}
-
-{facts.name} of [Contextual Transformer Networks for Visual Recognition]({PAPER_URL}):
-{_description(variant)}.
-Trained on ImageNet-1k by the authors ([official code]({CODE_URL})). The plugin `timm-cotnet` brings it to
-[timm](https://github.com/huggingface/pytorch-image-models); it runs on any device and needs no compiled extension.
-Until the plugin is on PyPI, `pip install .` in a clone of its repository takes the place of \
-`pip install timm-cotnet` below.
-
-![Top-1 accuracy and number of parameters of this model, the other CoTNets and comparable timm models](figure.svg)
-
-| | |
-| --- | --- |
-| Parameters | {facts.params / 1e6:.1f} M |
-| GMACs | {facts.gmacs:.2f} at {size} x {size} |
-| Evaluated at | {size} x {size}, center crop {cfg['crop_pct']}, {cfg['interpolation']} |
-| ImageNet-1k top-1, reported by the authors | {facts.top1} % |
-| ImageNet-1k top-5, reported by the authors | {facts.top5} % |
-| License | Apache-2.0 |
-''',
-        _RESOLUTION_NOTES.get(name),
-        _weights_section(name, facts, checkpoint),
-        f'''
-## Use in timm
-
-`pip install timm-cotnet` is enough: timm then knows the model without an import of the plugin.
-
-```python
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model('{name}', pretrained=True).eval()
-data_config = timm.data.resolve_model_data_config(model)
-transform = timm.data.create_transform(**data_config, is_training=False)
-
-image = Image.open('photo.jpg').convert('RGB')
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
-top5 = probabilities.topk(5)
-```
-
-Where start-up files are not read (`python -S`, a bare `PYTHONPATH`, a notebook that was already running when the plugin
-was installed) import it, before or after timm. A repository is named by `hf-hub:`:
-
-```python
-import timm
-import timm_cotnet
-
-model = timm.create_model('hf-hub:{DEFAULT_NAMESPACE}/{name}', pretrained=True)
-```
-
-### Feature maps
-
-```python
-import timm
-import torch
-
-model = timm.create_model('{name}', pretrained=True, features_only=True).eval()
-with torch.inference_mode():
-    features = model(torch.randn(1, 3, {size}, {size}))
-for feature in features:
-    print(tuple(feature.shape))
-{_feature_shapes(model, size)}
-```
-
-### Embeddings
-
-```python
-import timm
-import torch
-
-model = timm.create_model('{name}', pretrained=True, num_classes=0).eval()
-with torch.inference_mode():
-    embedding = model(torch.randn(1, 3, {size}, {size}))
-assert embedding.shape == (1, {model.num_features})
-```
-
-### Fine-tuning
-
-timm's `train.py` takes `--model {name} --pretrained --num-classes 10`. One step by hand:
-
-```python
-import timm
-import torch
-
-model = timm.create_model('{name}', pretrained=True, num_classes=10, drop_path_rate=0.1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=4e-5)
-images, labels = torch.randn(2, 3, {size}, {size}), torch.tensor([3, 7])
-loss = torch.nn.functional.cross_entropy(model(images), labels)
-loss.backward()
-optimizer.step()
-```
-
-## Results
-
-Beside models of timm with a similar number of parameters, by top-1 accuracy. The numbers of CoT models are those
-reported by their authors; all others are timm's (`results/results-imagenet.csv` in its repository). Recipes differ.
-
-{_comparison(name)}
-''',
-        _coco_section(facts),
-        f'''
-## Speed
-
-Not stated yet. timm's `benchmark.py --model {variant} --img-size {size}` measures it on your machine.
-
-## Training
-
-{_TRAINING.get(name, _DEFAULT_TRAINING)}
-
-## Intended use and limits
-
-For image classification among the 1000 classes of ImageNet-1k, as a backbone, and for research. The accuracy was
-reported by the authors for ImageNet's validation set; on other data it has to be measured there. ImageNet's images and
-labels carry the biases of their origin, and the model inherits them: do not let it decide about people.
-
-## Citation
-
-```bibtex
-@article{{cotnet,
-  title={{Contextual Transformer Networks for Visual Recognition}},
-  author={{Li, Yehao and Yao, Ting and Pan, Yingwei and Mei, Tao}},
-  journal={{arXiv preprint arXiv:2107.12292}},
-  year={{2021}}
-}}
-```
-''',
-    ]
-    return '\n'.join(section.strip('\n') + '\n' for section in sections if section)
+    template = Template(Path(__file__).with_name('card_template.md').read_text(encoding='utf-8'))
+    text = template.substitute(
+        front_matter=_front_matter(_metadata(name, facts)),
+        name=name,
+        variant=variant,
+        model=facts.name,
+        description=_description(variant),
+        paper_url=PAPER_URL,
+        code_url=CODE_URL,
+        params=f'{facts.params / 1e6:.1f}',
+        gmacs=f'{facts.gmacs:.2f}',
+        size=size,
+        crop_pct=cfg['crop_pct'],
+        interpolation=cfg['interpolation'],
+        top1=facts.top1,
+        top5=facts.top5,
+        resolution_note=_RESOLUTION_NOTES.get(name, ''),
+        weights_note=_UPLOADED.format(facts.sha256) if facts.sha256 else _NOT_UPLOADED,
+        checkpoint=f'{variant}{tag.removeprefix("jd_in1k")}.pth.tar',
+        checkpoint_url=facts.url,
+        namespace=DEFAULT_NAMESPACE,
+        feature_shapes=_feature_shapes(model, size),
+        num_features=model.num_features,
+        comparison=_comparison(name),
+        coco=_coco_section(facts),
+        training=_TRAINING.get(name, _DEFAULT_TRAINING),
+    )
+    return re.sub('\n{3,}', '\n\n', text)  # a section that is left out leaves empty lines
 
 
 def _description(variant: str) -> str:
@@ -298,16 +198,21 @@ def _description(variant: str) -> str:
 
 
 _RESOLUTION_NOTES = {
-    'se_cotnetd_152.jd_in1k': '''
+    'se_cotnetd_152.jd_in1k': '''\
 The authors' table names a resolution of 224 for this model and 17.0 GFLOPs. These are the operations of a 256 x 256
 input (12.90 GMACs at 224, 16.84 at 256), and the official default config evaluates at 256 with crop 0.888; so does this
-one.
-''',
-    'se_cotnetd_152.jd_in1k_320': '''
+one.''',
+    'se_cotnetd_152.jd_in1k_320': '''\
 The same network as `se_cotnetd_152.jd_in1k` with other weights, evaluated at 320 x 320. The official code calls it
-`se_cotnetd_152_L`.
-''',
+`se_cotnetd_152_L`.''',
 }
+
+_UPLOADED = '''\
+The `model.safetensors` of this repository has the sha256 `{}`.
+To make it yourself, download the authors' checkpoint from'''
+_NOT_UPLOADED = f'''\
+**The weights are not on the Hub yet** in the account `{DEFAULT_NAMESPACE}`, where `pretrained=True` looks for them. Until they
+are, `local-dir:`, as below, takes the place of the model's name. Download the authors' checkpoint from'''
 
 _DEFAULT_TRAINING = (
     'By the authors, for 350 epochs: SGD with momentum 0.9 and a cosine schedule, RandAugment, mixup 0.8, CutMix 1.0,\n'
@@ -316,40 +221,6 @@ _TRAINING = {
     'se_cotnetd_152.jd_in1k_320':
         f'By the authors. The config of this checkpoint is not in the [official repository]({CODE_URL}).',
 }
-
-
-def _weights_section(name: str, facts: Published, checkpoint: str) -> str:
-    uploaded = f'''
-The `model.safetensors` of this repository has the sha256 `{facts.sha256}`.
-To make it yourself, download the authors' checkpoint from
-[Google Drive]({facts.url}) as `{checkpoint}` and convert it:
-''' if facts.sha256 else f'''
-**As long as this repository holds no `model.safetensors`, the weights are not on the Hub**: someone with an account has
-to publish them. Until then, download the authors' checkpoint from
-[Google Drive]({facts.url}) as `{checkpoint}` and convert it:
-'''
-    return f'''
-## Where the weights come from
-{uploaded}
-```bash
-pip install timm-cotnet
-python -m timm_cotnet.convert {checkpoint} --model {name} --output {name}
-```
-
-The folder can be used as it is, with timm 1.0.16 or newer:
-
-```python
-import timm
-
-model = timm.create_model('local-dir:{name}', pretrained=True)
-```
-
-or be published under an account of your own, which `TIMM_COTNET_HUB=NAME` then makes the source of `pretrained=True`:
-
-```bash
-python -m timm_cotnet.publish {name} --namespace NAME
-```
-'''
 
 
 def _feature_shapes(model: torch.nn.Module, size: int) -> str:
@@ -377,13 +248,13 @@ def _comparison(name: str) -> str:
     return '\n'.join(rows)
 
 
-def _coco_section(facts: Published) -> Optional[str]:
+def _coco_section(facts: Published) -> str:
     if facts.coco is None:
-        return None
+        return ''
     rows = '\n'.join(
         f'| {detector} | {box:.2f} | {"-" if mask is None else f"{mask:.2f}"} |'
         for detector, box, mask in _coco_rows(facts))
-    return f'''
+    return f'''\
 ### As a backbone on COCO
 
 Reported by the authors for detectors with this backbone, FPN and a 1x schedule, on COCO 2017
@@ -391,8 +262,7 @@ Reported by the authors for detectors with this backbone, FPN and a 1x schedule,
 
 | detector | box AP | mask AP |
 | --- | --- | --- |
-{rows}
-'''
+{rows}'''
 
 
 def _figure(name: str) -> str:
@@ -434,7 +304,7 @@ def _figure(name: str) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m timm_cotnet.cards', description=__doc__)
+    parser = argparse.ArgumentParser(prog='python -m timm_cotnet.cards', description=__doc__.split('\n')[0])
     parser.add_argument(
         'folder', nargs='?', type=Path, default=Path('hub_cards'), help='folder to write to (default: %(default)s)')
     args = parser.parse_args(argv)
