@@ -71,3 +71,55 @@ def installed_venv(new_environment) -> Environment:
     environment = new_environment()
     environment.install(str(ROOT))
     return environment
+
+
+@pytest.fixture(scope='session')
+def hub_server():
+    """The server of `server`."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server(hub_server):
+    """A server of the Hub's protocol that holds nothing yet."""
+    hub_server.reset()
+    return hub_server
+
+
+@pytest.fixture(scope='session')
+def client(hub_server, installed_venv, tmp_path_factory):
+    """A client of `server` for all tests that need no other; each test has a cache of its own."""
+    from hub_client import Client
+
+    client = Client(installed_venv, hub_server.env | dict(HF_HOME=str(tmp_path_factory.mktemp('home'))))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def start(server, installed_venv, tmp_path):
+    """Starts clients of `server`; they end with the test."""
+    from hub_client import Client
+
+    clients = []
+
+    def start(*args, env: dict = {}, **kwargs):
+        env = server.env | dict(HF_HOME=str(tmp_path / 'home')) | env
+        clients.append(Client(installed_venv, env, *args, **kwargs))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def repo(server) -> str:
+    """A new repository with weights and config.json; its name does not say what model it has."""
+    from hub_client import CONFIG, SAFE
+
+    server.commit('faults/repo', {'config.json': CONFIG, 'model.safetensors': SAFE})
+    return 'faults/repo'

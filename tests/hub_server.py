@@ -113,6 +113,13 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
+    def reset(self) -> None:
+        """Forgets all repositories, requests and faults."""
+        with self.lock:
+            for memory in (self.repos, self.blobs, self.requests, self.faults):
+                memory.clear()
+        self.redirect = False
+
     def commit(self, repo_id: str, files: dict[str, bytes], branch: str = 'main', **attributes) -> str:
         repo = self.repos.setdefault(repo_id, Repo())
         for name, value in attributes.items():

@@ -211,8 +211,8 @@ _UPLOADED = '''\
 The `model.safetensors` of this repository has the sha256 `{}`.
 To make it yourself, download the authors' checkpoint from'''
 _NOT_UPLOADED = f'''\
-**The weights are not on the Hub yet** in the account `{DEFAULT_NAMESPACE}`, where `pretrained=True` looks for them. Until they
-are, `local-dir:`, as below, takes the place of the model's name. Download the authors' checkpoint from'''
+**The weights are not on the Hub yet** in the account `{DEFAULT_NAMESPACE}`, where `pretrained=True` looks for them.
+Until they are, `local-dir:`, as below, takes the place of the model's name. Download the authors' checkpoint from'''
 
 _DEFAULT_TRAINING = (
     'By the authors, for 350 epochs: SGD with momentum 0.9 and a cosine schedule, RandAugment, mixup 0.8, CutMix 1.0,\n'
