@@ -85,7 +85,8 @@ def test_card_says_what_is_known(name):
     assert f'| ImageNet-1k top-1, reported by the authors | {facts.top1} % |' in text
     assert f'| **{name}** | {size} | {facts.params / 1e6:.1f} | {facts.top1} | {facts.top5} | authors |' in text
     assert text.count('| timm |\n') >= 3
-    assert 'no `model.safetensors`, the weights are not on the Hub**' in text and facts.url in text
+    assert '**The weights are not on the Hub yet** in the account `timm-cotnet`' in text and facts.url in text
+    assert 'README of `timm-cotnet` has a table of measured times' in text and '$' not in text
     assert f'hf-hub:{DEFAULT_NAMESPACE}/{name}' in text
     assert '@article{cotnet,' in text and 'Intended use and limits' in text
     assert ('These are the operations of a 256 x 256\ninput' in text) == (name == 'se_cotnetd_152.jd_in1k')
@@ -129,17 +130,50 @@ def test_figure(name):
 BLOCKS = re.compile(r'```(\w+)\n(.*?)```', re.DOTALL)
 
 
-@pytest.mark.parametrize('name', [
-    name if name == 'cotnet50.jd_in1k' else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED])
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_blocks_of_code(name):
+    blocks = BLOCKS.findall(readme(name))
+    assert [language for language, _ in blocks] == ['bash', 'python', 'bash'] + 5 * ['python'] + ['bibtex']
+    for language, block in blocks:
+        if language == 'python':
+            compile(block, name, 'exec')
+    assert len(re.findall(r'^# (\(.*\))$', blocks[5][1], re.MULTILINE)) == 5
+
+
+def test_python_runs(tmp_path, monkeypatch, capsys):
+    """One card's Python, with random weights in place of what it downloads or finds in a folder."""
+    name = 'cotnet50.jd_in1k'
+    made = []
+
+    def create_model(source, pretrained, **kwargs):
+        made.append((source, pretrained))
+        return original(name, **kwargs)
+
+    original = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    monkeypatch.chdir(tmp_path)
+    make_photo(tmp_path)
+    code = [block for language, block in BLOCKS.findall(readme(name)) if language == 'python']
+    for block in code:
+        exec(block, {'__name__': '__main__'})
+    sources = [f'local-dir:{name}', name, f'hf-hub:{DEFAULT_NAMESPACE}/{name}', name, name, name]
+    assert made == [(source, True) for source in sources]
+    assert capsys.readouterr().out.splitlines() == re.findall(r'^# (\(.*\))$', code[3], re.MULTILINE)
+
+
+def make_photo(folder: Path) -> None:
+    pixels = np.random.RandomState(0).randint(0, 255, (300, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / 'photo.jpg')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PUBLISHED)
 def test_every_block_of_code_runs(name, tmp_path, installed_venv):
     """In the card's order: shell commands in processes of their own, Python in one until the next shell command."""
     blocks = BLOCKS.findall(readme(name))
-    languages = [language for language, _ in blocks]
-    assert languages == ['bash', 'python', 'bash'] + 5 * ['python'] + ['bibtex']
     checkpoint = re.search(r'convert (\S+\.pth\.tar) ', blocks[0][1])[1]
     save(official_state_dict(OFFICIAL_NAMES.get(name, name.split('.')[0])), tmp_path / checkpoint)
-    pixels = np.random.RandomState(0).randint(0, 255, (300, 400, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'photo.jpg')
+    make_photo(tmp_path)
 
     bin_folder = tmp_path / 'bin'
     bin_folder.mkdir()

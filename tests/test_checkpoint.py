@@ -203,7 +203,19 @@ def test_what_fits_nothing_is_told_the_nearest():
         'the weights fit no variant; nearest is cotnet101, with 4 differences to its 1616 entries:\n'
         '  missing: layer3.22.conv1.weight, layer3.22.bn1.bias\n'
         '  unexpected: head.extra\n'
-        '  other shape: layer1.0.conv1.weight (64, 32, 1, 1) instead of (64, 64, 1, 1)')
+        '  of another shape: layer1.0.conv1.weight: 64x32x1x1 instead of 64x64x1x1')
+
+
+def test_another_number_of_classes_is_said():
+    weights = meta(GOLDEN['cotnet50']['state_dict'])
+    with pytest.raises(CheckpointError) as error:
+        find_variant(weights, 7, 'cotnet50')
+    assert str(error.value).splitlines()[1:] == [
+        '  of another shape: fc.weight: 1000x2048 instead of 7x2048, fc.bias: 1000 instead of 7',
+        'only the classifier differs: it has 1000 classes instead of 7']
+    del weights['fc.weight'], weights['fc.bias']
+    with pytest.raises(CheckpointError, match='it has 0 classes instead of 1000'):
+        find_variant(weights, 1000)
 
 
 def test_resnet_is_not_taken_for_a_cotnet():

@@ -1,10 +1,11 @@
 """Conversion of synthetic official checkpoints: exact, deterministic, resumable and never half-written."""
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from timm_cotnet.checkpoint import CheckpointError
-from timm_cotnet.convert import convert, convert_folder, main, sha256
+from timm_cotnet.convert import convert, convert_folder, main
+from timm_cotnet.digest import sha256
 
 HUB_CARDS = Path(__file__).parent.parent / 'hub_cards'
 TAGS = {  # where it is not jd_in1k
@@ -146,7 +148,7 @@ def test_network_of_two_checkpoints_needs_a_name(tmp_path):
     (lambda weights: weights.pop('bn1.weight'), r'1 differences to its 236 entries:\n  missing: bn1.weight'),
     (lambda weights: weights.update(extra=torch.ones(1)), r'1 differences to its 236 entries:\n  unexpected: extra'),
     (lambda weights: (weights.pop('fc.weight'), weights.pop('fc.bias')), 'fc.weight'),
-    (lambda weights: weights.update({'fc.weight': torch.ones(())}), r'fc.weight \(\) instead of'),
+    (lambda weights: weights.update({'fc.weight': torch.ones(())}), 'fc.weight: a scalar instead of'),
 ])
 def test_weights_that_are_not_whole_are_refused(tmp_path, change, message):
     weights = tiny()
@@ -286,32 +288,55 @@ def test_folder_with_a_damaged_record_is_converted_again(tmp_path):
     assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'x.pth': 'done before'}
 
 
-def test_folder_with_a_network_of_two_checkpoints(tmp_path):
-    downloads = tmp_path / 'in'
-    downloads.mkdir()
+@pytest.fixture
+def two_checkpoints(tmp_path) -> Path:
+    """A folder with a checkpoint of a network of which two are published."""
+    (tmp_path / 'in').mkdir()
     shapes = GOLDEN['se_cotnetd_152']['state_dict']
-    save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, downloads / 'x.pth')
-    row, = convert_folder(downloads, tmp_path / 'out')
+    save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, tmp_path / 'in' / 'x.pth')
+    return tmp_path / 'in'
+
+
+def test_folder_with_a_network_of_two_checkpoints(tmp_path, two_checkpoints):
+    row, = convert_folder(two_checkpoints, tmp_path / 'out')
     assert row.status == 'failed' and row.reason.endswith(
         'say which one it is, with --model x.pth=se_cotnetd_152.jd_in1k or --model x.pth=se_cotnetd_152.jd_in1k_320')
-    row, = convert_folder(downloads, tmp_path / 'out', {'x.pth': 'se_cotnetd_152_L'})
+
+
+@pytest.mark.slow
+def test_folder_with_a_network_that_was_named_once(tmp_path, two_checkpoints):
+    row, = convert_folder(two_checkpoints, tmp_path / 'out', {'x.pth': 'se_cotnetd_152_L'})
     assert (row.status, row.conversion.name) == ('converted', 'se_cotnetd_152.jd_in1k_320')
-    row, = convert_folder(downloads, tmp_path / 'out')
+    row, = convert_folder(two_checkpoints, tmp_path / 'out')
     assert (row.status, row.conversion.name) == ('done before', 'se_cotnetd_152.jd_in1k_320')
-    row, = convert_folder(downloads, tmp_path / 'out', {'x.pth': 'se_cotnetd_152'})
+    row, = convert_folder(two_checkpoints, tmp_path / 'out', {'x.pth': 'se_cotnetd_152'})
     assert (row.status, row.conversion.name) == ('converted', 'se_cotnetd_152.jd_in1k')
 
 
+class Screen(io.StringIO):
+    """Kills the process that writes what begins with a text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text = text
+
+    def write(self, text: str) -> int:
+        if text.startswith(self.text):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(text)
+
+
+def convert_folder_and_die(folder: Path, out: Path) -> None:
+    with contextlib.redirect_stdout(Screen('[2/3]')):
+        convert_folder(folder, out)
+
+
 def test_folder_goes_on_after_a_kill(tmp_path, downloads):
-    command = [sys.executable, '-m', 'timm_cotnet.convert', str(downloads), '--output', str(tmp_path / 'out')]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('[1/3]'):  # the first is done, the others are not
-            process.kill()
-    assert process.wait() == -signal.SIGKILL
-    first, second, third = convert_folder(downloads, tmp_path / 'out')
-    assert second.status == 'failed' and {first.status, third.status} <= {'done before', 'converted'}
-    for row in (first, third):
+    assert exit_code_of_fork(convert_folder_and_die, downloads, tmp_path / 'out') == -signal.SIGKILL
+    assert os.path.exists(tmp_path / 'out' / 'conversions.json')
+    rows = convert_folder(downloads, tmp_path / 'out')
+    assert [row.status for row in rows] == ['done before', 'failed', 'converted']
+    for row in (rows[0], rows[2]):
         folder = tmp_path / 'out' / row.conversion.name
         assert {file: sha256(folder / file) for file in os.listdir(folder)} == row.conversion.digests
     assert_holds(tmp_path / 'out' / 'test_cotnet', tiny(3))

@@ -59,7 +59,7 @@ def test_models_of_others_are_left_alone(server, client, tmp_path):
 # What a person has to act on
 
 
-def test_missing_and_private(server, client, start, tmp_path):
+def test_missing_and_private(server, client, tmp_path):
     for model in (arguments('me/nothing'), dict(model_name='hf-hub:me/test_cotnet.nothing')):
         answer = client.create(**model, cache_dir=tmp_path)
         check_error(answer, 'nothing')
@@ -77,9 +77,12 @@ def test_missing_and_private(server, client, start, tmp_path):
     assert client.create(**arguments('me/absent', cache_dir=tmp_path))['error'] == 'WeightsError'
 
     asked = len(server.requests)
-    trusted = start(env=dict(HF_TOKEN=TOKEN))
-    assert trusted.create(**arguments('me/private', cache_dir=tmp_path))['weights'] == RIGHT
-    assert trusted.create('hf-hub:me/private', cache_dir=tmp_path)['weights'] == RIGHT
+    client.run('import os; result = os.environ.update(HF_TOKEN=token)', token=TOKEN)
+    try:
+        assert client.create(**arguments('me/private', cache_dir=tmp_path))['weights'] == RIGHT
+        assert client.create('hf-hub:me/private', cache_dir=tmp_path)['weights'] == RIGHT
+    finally:
+        client.run('import os; result = os.environ.pop("HF_TOKEN")')
     hosts = {
         (request.host.split(':')[0], request.token)
         for request in server.requests[asked:] if request.path.startswith(('/me/', '/cdn/'))
@@ -124,9 +127,7 @@ def test_pickle_never_instead(server, client, repo, tmp_path):
     assert server.count('GET', f'{repo}/resolve/.*bin') == server.count('HEAD', f'{repo}/resolve/.*bin') == 0
 
 
-@pytest.mark.slow
 def test_pickle_never_instead_when_down(server, client, repo, tmp_path):
-    """huggingface_hub's own retries take 20 s."""
     server.commit(repo, {'pytorch_model.bin': pickled(OTHER)})
     server.fault('HEAD', f'{repo}/resolve/.*safetensors', status=503)
     check_error(client.create(f'hf-hub:{repo}', cache_dir=tmp_path), repo)

@@ -20,34 +20,34 @@ WEIGHTS = 'model.safetensors'
 
 @pytest.fixture(scope='module')
 def converted(tmp_path_factory) -> Path:
-    """A folder with two converted models: a tiny one, and CoTNet-50."""
+    """A folder that holds a converted model, a tiny one."""
     folder = tmp_path_factory.mktemp('converted')
     convert(save(tiny(), folder / 'x.pth'), folder / 'all' / 'test_cotnet')
-    convert(save(official_state_dict('cotnet50'), folder / 'x.pth'), folder / 'all' / 'cotnet50.jd_in1k')
     return folder / 'all'
 
 
 @pytest.fixture
-def hub():
-    with HubServer() as server:
-        yield server
+def hub(server):
+    return server
 
 
 @pytest.fixture
-def command(installed_venv, hub, tmp_path):
-    """Runs the command, several times in one process, and returns the exit statuses and what was printed."""
-    script = """if True:
-        import sys
-        from timm_cotnet.publish import main
-        print([main(sys.argv[2:]) for _ in range(int(sys.argv[1]))])
-    """
+def command(client, hub):
+    """Runs the command, several times if need be, and returns the exit statuses and what was printed."""
+    code = '''
+import contextlib, io, os
+from timm_cotnet.publish import main
+os.environ['HF_TOKEN'] = token
+out, err = io.StringIO(), io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    result = [main(arguments) for _ in range(times)]
+del os.environ['HF_TOKEN']
+result = result, out.getvalue().splitlines(), err.getvalue()
+'''
 
     def run(folder: Path, *options: str, token: str = TOKEN, times: int = 1):
-        env = {**hub.env, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path / 'hf')}
-        result = installed_venv.run('-c', script, str(times), str(folder), '--namespace', 'me', *options, env=env)
-        assert result.returncode == 0, result.stderr
-        *lines, statuses = result.stdout.splitlines()
-        return json.loads(statuses), lines, result.stderr
+        arguments = [str(folder), '--namespace', 'me', *options]
+        return client.run(code, arguments=arguments, token=token, times=times)
     return run
 
 
@@ -117,6 +117,7 @@ def test_without_a_token_nothing_is_written(command, hub, converted):
 @pytest.mark.slow
 def test_folder_of_all_goes_on_after_a_failure(command, hub, converted, tmp_path):
     folder = shutil.copytree(converted, tmp_path / 'all')
+    convert(save(official_state_dict('cotnet50'), tmp_path / 'x.pth'), folder / 'cotnet50.jd_in1k')
     (folder / 'another').mkdir()
     shutil.copy(folder / 'test_cotnet' / 'config.json', folder / 'another')
     statuses, _, errors = command(folder, '--private')

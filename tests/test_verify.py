@@ -12,8 +12,9 @@ from PIL import Image
 
 from timm_cotnet import verify as verify_module
 from timm_cotnet.checkpoint import CheckpointError
-from timm_cotnet.convert import convert, main
-from timm_cotnet.verify import Verification, verify
+from timm_cotnet.convert import convert
+from timm_cotnet.convert import main as convert_main
+from timm_cotnet.verify import Verification, main, verify
 
 NAME = 'cotnet50.jd_in1k'
 WNIDS = ['n01440764', 'n01443537', 'n03888257', 'n15075141']  # classes 0, 1, 701 and 999
@@ -107,22 +108,26 @@ def test_nothing_is_claimed_without_published_numbers(tmp_path, converted):
 def test_command(tmp_path, monkeypatch, capsys, converted):
     images = make_images(tmp_path, WNIDS, count=1)
     publish(monkeypatch, 25.0, 99.9)
-    assert main(['--verify', str(converted.parent), '--data', str(images), '--workers', '0']) == 1
-    assert capsys.readouterr().out.splitlines() == [
+    arguments = ['--data', str(images), '--workers', '0']
+    assert main([str(converted.parent), *arguments]) == 1
+    lines = [
         f'{NAME}: top-1 25.000 %, published 25.0 %, difference +0.000, tolerance 65.15 points',
         f'{NAME}: top-5 50.000 %, published 99.9 %, difference -49.900, tolerance 4.94 points',
         f'{NAME}: DOES NOT AGREE on 4 images',
     ]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert convert_main(['--verify', str(converted), *arguments]) == 1
+    assert capsys.readouterr().out.splitlines() == lines
     publish(monkeypatch, 25.0, 50.0)
-    assert main(['--verify', str(converted), '--data', str(images), '--workers', '0']) == 0
+    assert main([str(converted), *arguments]) == 0
     assert f'{NAME}: agrees on 4 images' in capsys.readouterr().out
-    assert main(['--verify', str(images), '--data', str(images)]) == 1
-    assert 'holds no converted model' in capsys.readouterr().err
+    assert main([str(images), '--data', str(images)]) == 1
+    assert 'holds no converted model; make one with' in capsys.readouterr().err
 
 
 def test_command_without_images(tmp_path, capsys, converted):
-    assert main(['--verify', str(converted), '--data', str(tmp_path / 'missing')]) == 1
+    assert main([str(converted), '--data', str(tmp_path / 'missing')]) == 1
     assert capsys.readouterr().err == (
         f'error: {tmp_path}/missing is no folder; give one with a folder of images per class\n')
-    assert main(['--verify', str(converted), '--data', str(tmp_path)]) == 1
+    assert main([str(converted), '--data', str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith('error: Found 0 images')

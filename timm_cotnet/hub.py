@@ -30,7 +30,6 @@ DEFAULT_NAMESPACE = 'timm-cotnet'
 #: Account on the Hub that serves all variants: a mirror's or one's own, where TIMM_COTNET_HUB names it.
 HUB_NAMESPACE = os.environ.get('TIMM_COTNET_HUB', '').strip().strip('/') or DEFAULT_NAMESPACE
 WEIGHTS_NAME = 'model.safetensors'
-RETRY_PAUSES = (1, 2, 3)  # seconds before each further try of a download that failed
 
 # Answers that stay the same when asked again.
 _FINAL = (EntryNotFoundError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
@@ -106,7 +105,7 @@ def _download(repo_id: str, filename: str, cache_dir: Optional[Union[str, Path]]
     """Downloads, and again after a fault that may pass; at last, what the cache has is good enough."""
     get = functools.partial(hf_hub_download, repo_id, filename, cache_dir=cache_dir, library_name='timm', **kwargs)
     storage = Path(cache_dir or constants.HF_HUB_CACHE) / f'models--{repo_id.replace("/", "--")}'
-    for pause in (*RETRY_PAUSES, None):
+    for pause in (1, 2, 3, None):
         start = time.monotonic()
         try:
             return get()
