@@ -23,5 +23,6 @@ def test_files(tmp_path):
     path.write_bytes(CONTENT)
     assert sha256(path) == sha256(str(path)) == DIGESTS[0]
     assert [find_difference(path, digest) for digest in DIGESTS] == ['', '', '']
-    assert find_difference(path, '0' * 64) == f'its sha256 is {DIGESTS[0]} instead of {"0" * 64}, its size 2100000 bytes'
+    assert find_difference(path, '0' * 64) == (
+        f'its sha256 is {DIGESTS[0]} instead of {"0" * 64}, its size 2100000 bytes')
     assert find_difference(path, '0' * 40).startswith(f'its git sha1 is {DIGESTS[1]} instead of {"0" * 40}')

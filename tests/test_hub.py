@@ -141,6 +141,9 @@ def test_damaged_cache_offline(server, client, start, repo, tmp_path):
     check_error(offline.create(**model), repo)
     assert leftovers(tmp_path) == []
     assert client.create(**model)['weights'] == RIGHT
+    lines = offline.create('cotnet50', cache_dir=tmp_path)['message'].splitlines()  # to go online would not help
+    assert lines[0] == 'No weights for cotnet50.jd_in1k: this project has not published them on the Hub yet.'
+    assert 'HF_HUB_OFFLINE' in lines[1]
     # A pickle that was fetched is found again, too.
     assert client.create('hf-hub:me/pickle', cache_dir=tmp_path)['weights'] == RIGHT
     assert offline.create('hf-hub:me/pickle', cache_dir=tmp_path)['weights'] == RIGHT
@@ -248,6 +251,7 @@ def test_new_commit(server, client, repo, tmp_path):
 # What the machine may do
 
 
+@pytest.mark.slow
 def test_server_gone(server, start, repo, tmp_path):
     """No network: the cache serves, and without it there is an error."""
     with HubServer() as short:

@@ -1,4 +1,4 @@
-"""Loading of weights into models: from a server of the Hub's protocol, from files, and what is said if they do not fit."""
+"""Loading of weights into models, from a server of the Hub's protocol and from files; what is said of misfits."""
 import json
 import os
 from pathlib import Path
@@ -211,8 +211,8 @@ def test_other_number_of_classes(tmp_path):
     assert str(info.value) == (
         'No weights for test_cotnet from the checkpoint that was given: 2 of 201 tensors are of another shape '
         '(fc.weight: 7x256 instead of 5x256, fc.bias: 7 instead of 5).\n'
-        'The checkpoint has 7 classes, the model 5: make the model with num_classes=7; after that, '
-        'model.reset_classifier(5) changes the classifier.')
+        'The checkpoint has 7 classes, the model 5: make the model with num_classes=7. After that, '
+        'model.reset_classifier(5) makes a new classifier.')
     model = timm.create_model('test_cotnet', num_classes=7, checkpoint_path=path)
     assert digest_of(model.state_dict()) == digest_of(weights)
     model.reset_classifier(5)
@@ -229,7 +229,8 @@ def test_other_number_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize('cfg', [
-    dict(hf_hub_id='a/b'), dict(hf_hub_id='a/b', file='x'), dict(hf_hub_id='a/b', state_dict={'x': 1}), dict(file='x'), {},
+    dict(hf_hub_id='a/b'), dict(hf_hub_id='a/b', file='x'), dict(hf_hub_id='a/b', state_dict={'x': 1}), dict(file='x'),
+    {},
     dict(source='hf-hub', hf_hub_id='a/b', file='x'), dict(source='local-dir', hf_hub_id='a/b', file='x'),
     dict(hf_hub_id='a/b', url='http://x'), dict(url='http://x'),
 ], ids=str)

@@ -1,5 +1,4 @@
 """Uploads by the installed package's command to a server of the Hub's protocol, with and without faults."""
-import json
 import os
 import shutil
 import signal
@@ -129,7 +128,6 @@ def test_folder_of_all_goes_on_after_a_failure(command, hub, converted, tmp_path
     assert_published(hub, folder / 'test_cotnet', 'me/test_cotnet')
 
 
-@pytest.mark.slow
 def test_pull_request_leaves_main_alone(command, hub, converted):
     statuses, lines, _ = command(converted / 'test_cotnet', '--create-pr')
     assert statuses == [0]
@@ -140,7 +138,6 @@ def test_pull_request_leaves_main_alone(command, hub, converted):
     assert hub.repos['me/test_cotnet'].files('main').keys() == {'.gitattributes'}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('method, path, change', [
     ('POST', '/commit/main', dict(status=403)),  # made, but the answer is an error
     ('POST', '/commit/main', dict(cut=0, end='reset')),
@@ -176,7 +173,6 @@ def test_killed_push_can_be_repeated(command, installed_venv, hub, converted, tm
     assert_published(hub, folder, 'me/test_cotnet')
 
 
-@pytest.mark.slow
 def test_names_of_unknown_kind_are_compared_by_content(command, hub, converted):
     hub.fault('HEAD', 'resolve/main/', headers={'ETag': '"opaque"', 'X-Linked-Etag': None})
     statuses, lines, _ = command(converted / 'test_cotnet', times=2)

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -62,6 +62,9 @@ STAND_INS = [
 
 def read_checkpoint(path: Path) -> Any:
     """Reads a PyTorch checkpoint, running nothing that it says.
+
+    Args:
+        path: File in any format of `torch.save`.
 
     Raises:
         CheckpointError: If the file is no checkpoint, is damaged, or asks for code outside the allowed list.
@@ -142,7 +145,7 @@ DETECTION_BLOCK_RULES = [
 
 
 def is_detection(state_dict: Dict[str, torch.Tensor]) -> bool:
-    """Whether the keys are those of a detector, or of its backbone, in detectron2's layout."""
+    """Whether the keys of a state dict are those of a detector, or of its backbone, in detectron2's layout."""
     return any(key.removeprefix(DETECTION_PREFIX).startswith('stem.') for key in state_dict)
 
 
@@ -150,6 +153,9 @@ def rename_detection(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Ten
     """The backbone of a detector under the names of the classification models; other parts are left out.
 
     Frozen batch norms count no batches; their counters are set to zero.
+
+    Args:
+        state_dict: Weights of a detector, or of its backbone, for which `is_detection` is true.
     """
     prefix = DETECTION_PREFIX if any(key.startswith(DETECTION_PREFIX) for key in state_dict) else ''
     renamed = {
@@ -173,7 +179,15 @@ def _classification_name(key: str) -> str:
 # Finding the model
 
 def meta_model(name: str, num_classes: Optional[int] = None) -> torch.nn.Module:
-    """A registered model without storage."""
+    """A registered model on the meta device, which takes no memory.
+
+    Args:
+        name: Name of a model of this package, with or without a tag.
+        num_classes: Number of classes, by default that of the model's pretrained config.
+
+    Raises:
+        RuntimeError: If there is no such model, or no such tag.
+    """
     with warnings.catch_warnings(), torch.device('meta'):
         warnings.simplefilter('ignore')  # an official name that is an alias here is welcome
         return timm.create_model(name, **({} if num_classes is None else {'num_classes': num_classes}))
@@ -214,7 +228,14 @@ def find_variant(state_dict: Dict[str, torch.Tensor], num_classes: int, variant:
 
 
 def resolve_model(name: str) -> Tuple[str, str]:
-    """Variant and tag of a model's name, the variant's first tag if it names none."""
+    """Variant and tag of a model's name, the variant's first tag if it names none.
+
+    Args:
+        name: What was said after --model.
+
+    Raises:
+        CheckpointError: If there is no such model, no such tag, or the model is not of this package.
+    """
     if not timm.is_model(name):
         raise CheckpointError(f'--model {name} is unknown; it may be {_all_names()}')
     try:
@@ -231,11 +252,24 @@ def _all_names() -> str:
 
 
 def published_tags(variant: str) -> List[str]:
+    """Tags of a variant's official checkpoints, none if the authors published none."""
     return [name.split('.')[1] for name in PUBLISHED if name.split('.')[0] == variant]
 
 
 def find_tag(variant: str, checkpoint: Dict[str, Any], path: Path) -> Tuple[str, str]:
-    """Tag of a variant's published checkpoint, and what decided, as several may have equal keys and shapes."""
+    """Finds the tag of a variant's published checkpoint, as several may have equal keys and shapes.
+
+    Args:
+        variant: Name of the architecture.
+        checkpoint: What `read_checkpoint` returns.
+        path: File that it was read from.
+
+    Returns:
+        Tag, and what decided, in words.
+
+    Raises:
+        CheckpointError: If nothing tells the variant's checkpoints apart.
+    """
     tags = published_tags(variant)
     if len(tags) == 1:
         return tags[0], 'keys and shapes'

@@ -63,6 +63,7 @@ def convert(path: Path, output: Path, model: Optional[str] = None, use_ema: bool
 
     Raises:
         CheckpointError: If the checkpoint cannot be converted.
+        OSError: If a file cannot be read or written.
     """
     network, conversion = _load(Path(path), model, use_ema)
     return _write(network, conversion, Path(output))
@@ -166,7 +167,13 @@ def convert_folder(
         folder: Checkpoints, searched in its subfolders too.
         output: Folder to write to.
         models: Model of a file where its keys and shapes leave a choice, by path inside the folder.
-        use_ema: As for `convert`.
+        use_ema: Prefer the moving average of the weights where a checkpoint has one.
+
+    Returns:
+        What became of each checkpoint, in the order of their paths. One that cannot be converted is a row, no error.
+
+    Raises:
+        CheckpointError: If `models` names a file that is not among the checkpoints.
     """
     folder, output, models = Path(folder), Path(output), models or {}
     paths = sorted(path for path in folder.rglob('*') if path.suffix in CHECKPOINT_SUFFIXES and path.is_file())
@@ -174,7 +181,8 @@ def convert_folder(
     unknown = models.keys() - set(names)
     if unknown:
         raise CheckpointError(
-            f'--model names {first_few(sorted(unknown))}, not among the checkpoints in {folder}: {first_few(names, 20)}')
+            f'--model names {first_few(sorted(unknown))}, not among the checkpoints in {folder}: '
+            f'{first_few(names, 20)}')
     record_path = output / RECORD_NAME
     record = _read_record(record_path)
     made: Dict[str, str] = {}

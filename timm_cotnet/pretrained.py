@@ -199,7 +199,8 @@ class CheckedLoading:
             classes = classes_instead(found, expected)
             advice = None if classes is None else (
                 f'The checkpoint has {classes} classes, the model {self.num_classes}: make the model with '
-                f'num_classes={classes}; after that, model.reset_classifier({self.num_classes}) changes the classifier.')
+                f'num_classes={classes}. After that, model.reset_classifier({self.num_classes}) makes a new '
+                'classifier.')
             raise _error(variant, cfg, 'the checkpoint that was given', misfit, advice) from error
 
 

@@ -114,7 +114,7 @@ def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2,
 
     Args:
         folder: What `convert` wrote, or a folder that holds such folders.
-        data: As for `verify`.
+        data: Image folder with one folder per class, or one that holds it as `val` or `validation`.
         batch_size: Images at once.
         workers: Processes that load images.
         device: Where the model runs.
@@ -123,7 +123,9 @@ def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2,
         Exit status: 0 if all models agree with their published accuracy, else 1.
 
     Raises:
-        CheckpointError: If there is no converted model, nothing was published to compare with, or there are no images.
+        CheckpointError: If there is no converted model, nothing was published to compare with, or the images are not of
+            ImageNet's classes.
+        RuntimeError: If there are no images, or the weights do not fit.
     """
     folder = Path(folder)
     folders = [folder] if (folder / 'config.json').exists() else sorted(
