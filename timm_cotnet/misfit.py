@@ -14,8 +14,8 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) 
         expected: State dict of the network, whose tensors may be on the meta device.
 
     Returns:
-        Under each of 'missing', 'unexpected' and 'of another shape', the keys of which that is true; with the last, also
-        the two shapes.
+        Under each of 'missing', 'unexpected' and 'of another shape', the keys of which that is true; with the last,
+        also the two shapes.
     """
     return {
         'missing': [key for key in expected if key not in found],
