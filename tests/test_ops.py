@@ -1,9 +1,4 @@
 """Local convolution on the CPU: every implementation against the unfold formula, and all that looks inside it."""
-import ctypes
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,18 +8,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_cotnet import local_conv
-from timm_cotnet.ops import native
-from timm_cotnet.ops.local_conv import choose
-from timm_cotnet.ops.native import LocalConvNative
+from timm_cotnet.ops import dispatch
+from timm_cotnet.ops.dispatch import choose_local_conv
 from timm_cotnet.ops.reference import local_conv_reference
 from timm_cotnet.ops.shifted import LocalConvShifted
 
 from golden import golden_input, load
+from helpers import has_kernels
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2 ** -6, torch.float16: 2 ** -9}
 GOLDEN = {'c16_g2_k3': (3, 1), 'c16_g2_k3_dil2': (3, 2), 'c24_g3_k5': (5, 1)}
-needs_native = pytest.mark.skipif(
-    isinstance(native.load(torch.float32), str), reason=f'no native kernels: {native.load(torch.float32)}')
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
 
 
 def formula(x, weight, kernel_size=3, dilation=1):
@@ -102,20 +96,21 @@ def test_linear_in_values_and_in_filters(a, b, channels_last):
     assert (local_conv(x, a * weight + b * other) - expected).abs().max() < 1e-12
 
 
-@needs_native
 def test_choice():
     x, weight, _ = inputs()
-    assert choose(x, weight, 3) == LocalConvShifted.apply
+    assert choose_local_conv(x, weight, 3) == LocalConvShifted.apply
+    assert choose_local_conv(x.double(), weight.double(), 3) == LocalConvShifted.apply
+    assert choose_local_conv(x.to('meta'), weight.to('meta'), 3) == local_conv_reference
     x, weight, _ = inputs(channels_last=True)
-    assert choose(x, weight, 3) == LocalConvNative.apply
-    assert choose(x, weight, 9) == LocalConvShifted.apply
-    assert choose(x.double(), weight.double(), 3) == LocalConvShifted.apply
-    assert choose(x.to('meta'), weight.to('meta'), 3) == local_conv_reference
+    chosen = choose_local_conv(x, weight, 3)
+    assert chosen == (dispatch.cpu.LocalConvNative.apply if has_kernels() else LocalConvShifted.apply)
+    assert choose_local_conv(x, weight, 9) == LocalConvShifted.apply
+    assert choose_local_conv(x.double(), weight.double(), 3) == LocalConvShifted.apply
 
 
-@needs_native
+@needs_kernels
 @pytest.mark.parametrize('threads', [1, 2, 5])
-def test_native_threads_give_the_same_bits(threads):
+def test_kernel_threads_give_the_same_bits(threads):
     x, weight, grad = inputs(B=3, C=48, G=12, channels_last=True)
     x.requires_grad_(), weight.requires_grad_()
     before = torch.get_num_threads()
@@ -123,7 +118,7 @@ def test_native_threads_give_the_same_bits(threads):
     try:
         for n in (1, threads):
             torch.set_num_threads(n)
-            out = LocalConvNative.apply(x, weight, 3, 1)
+            out = dispatch.cpu.LocalConvNative.apply(x, weight, 3, 1)
             results.append((out, *torch.autograd.grad(out, (x, weight), grad)))
     finally:
         torch.set_num_threads(before)
@@ -139,8 +134,8 @@ def test_first_and_second_derivatives(channels_last):
     assert torch.autograd.gradgradcheck(local_conv, args)
 
 
-@needs_native
-def test_second_derivative_of_the_native_kernel():
+@needs_kernels
+def test_second_derivative_of_the_c_kernel():
     x, weight, _ = inputs(B=1, C=4, G=2, H=3, W=4, channels_last=True)
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -178,14 +173,6 @@ def test_many_gradients_at_once(channels_last):
     batched = torch.autograd.grad(out, (a, b), torch.stack([grad, 2 * grad]), is_grads_batched=True, retain_graph=True)
     for many, one in zip(batched, torch.autograd.grad(out, (a, b), grad)):
         assert_close(many[1], 2 * one.double(), torch.float32)
-
-
-@needs_native
-def test_sizes_that_the_kernels_refuse():
-    x, weight, _ = inputs(B=1, C=16384, G=16384, H=1, W=2, channels_last=True)
-    assert 'more than' in native.why_not_local_conv(x, weight, 3)
-    assert choose(x, weight, 3) == LocalConvShifted.apply
-    assert_close(local_conv(x, weight), formula(x.double(), weight.double()), torch.float32)
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -292,47 +279,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize('function', [local_conv_reference, LocalConvShifted.apply, LocalConvNative.apply])
+@pytest.mark.parametrize('function', [local_conv_reference, LocalConvShifted.apply, local_conv])
 def test_memory_is_linear(function):
     """No buffer of k * k times x, and nothing larger than the padded x."""
-    if function == LocalConvNative.apply and isinstance(native.load(torch.float32), str):
-        pytest.skip(f'no native kernels: {native.load(torch.float32)}')
     x, weight, grad = inputs(C=64, G=1, H=16, W=16, k=5, channels_last=True)
     x.requires_grad_()
     with Largest() as largest:
         out = function(x, weight, 5, 1)
         torch.autograd.grad(out, x, grad)
     assert x.numel() <= largest.size <= 2 * 64 * 20 * 20
-
-
-@pytest.mark.slow
-def test_native_can_be_turned_off_and_survives_a_broken_compiler(tmp_path):
-    code = (
-        'import torch; from timm_cotnet import local_conv; from timm_cotnet.ops import native\n'
-        'x = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)\n'
-        'w = torch.ones(1, 9, 4, 4).contiguous(memory_format=torch.channels_last).view(1, 1, 9, 4, 4)\n'
-        'print(native.why_not_native(x)); print(int(local_conv(x, w).sum()))')
-    for extra, reason in (
-            ({'TIMM_COTNET_NATIVE': '0'}, 'TIMM_COTNET_NATIVE is 0'),
-            ({'CC': 'false'}, 'false failed'),
-            ({'CC': 'no-such-compiler'}, 'no C compiler'),
-    ):
-        env = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path), **extra}
-        out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
-        assert reason in out
-        assert out.split()[-1] == '800'  # 8 channels, and 100 taps inside the image
-
-
-@pytest.mark.slow
-@needs_native
-def test_processes_may_compile_at_once(tmp_path):
-    code = 'import torch; from timm_cotnet.ops import native; print(native.why_not_native(torch.ones(1)))'
-    env = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path)}
-    processes = [
-        subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate()[0].strip() for process in processes] == ['None'] * 3
-    library, = (tmp_path / 'timm_cotnet').iterdir()  # one file, and no temporary folder left
-    assert ctypes.CDLL(str(library)).local_conv
 
 
 @pytest.mark.parametrize('name', ['x', 'weight'])

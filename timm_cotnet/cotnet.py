@@ -16,19 +16,13 @@ from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 import torch
 from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import AvgPool2dSame, BlurPool2d, DropPath, SplitAttn, create_aa, create_attn, create_classifier
-from timm.layers import get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models import register_model_deprecations
-from timm.models.resnet import ResNet, drop_blocks
+from timm.layers import BlurPool2d, DropPath, SplitAttn, create_aa, create_attn, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models.resnet import ResNet, downsample_avg, drop_blocks
 
-from .fold import fold_pair, fold_sequential
-from .fused import FusedBottleneck, FusedConv2d, FusedStage, Stage, make_stem_foldable
+from .deploy import FirstStage, Stage, fold_bottleneck
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME
-from .layers import CotLayer, CoxtLayer, factory_kwargs, run_sequential
-from .ops.batch_norm import batch_norm_act, conv_norm_act
-from .ops.folded import can_run_packed, max_pool
-from .ops.watch import are_watched
+from .layers import CotLayer, CoxtLayer, factory_kwargs
 from .pretrained import CheckedLoading, build_pretrained, hook_config_loader
 from .published import PUBLISHED
 
@@ -109,22 +103,10 @@ class CotBottleneck(nn.Module):
             nn.init.zeros_(self.bn3.weight)
 
     def fuse(self) -> nn.Module:
-        """The block for evaluation, with folded batch norms (called by timm's `reparameterize_model`)."""
-        fold_pair(self, 'conv1', 'bn1')
-        fold_pair(self, 'conv3', 'bn3')
-        if self.downsample is not None:
-            fold_sequential(self.downsample)
-        self._fuse_spatial_layers()
-        return FusedBottleneck(self) if FusedBottleneck.is_fusible(self) else self
-
-    def _fuse_spatial_layers(self) -> None:
-        if isinstance(self.conv2, CotLayer):
-            self.conv2 = self.conv2.fuse()
+        """The block with folded batch norms, for evaluation (called by timm's `reparameterize_model`)."""
+        return fold_bottleneck(self) if type(self) in (CotBottleneck, SplitAttnBottleneck) else self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if isinstance(self.drop_block, nn.Identity) and self.se is None and self.drop_path is None:
-                return self._forward_norm_act(x)
         shortcut = x
 
         x = self.conv1(x)
@@ -149,15 +131,6 @@ class CotBottleneck(nn.Module):
         x += shortcut
         return self.act3(x)
 
-    @torch.jit.unused
-    def _forward_norm_act(self, x: torch.Tensor) -> torch.Tensor:
-        """The same where nothing stands between norms and activations, so that they can run together."""
-        x, shortcut = conv_norm_act(self.conv1, self.bn1, self.act1, x, share=True)
-        if self.downsample is not None:
-            shortcut = run_sequential(self.downsample, shortcut)
-        x = self.avd_last(self.conv2(self.avd_first(x)))
-        return conv_norm_act(self.conv3, self.bn3, self.act3, x, residual=shortcut)
-
 
 class SplitAttnBottleneck(CotBottleneck):
     """Bottleneck block with split attention of radix one, the other kind of block in SE-CoTNetD.
@@ -174,53 +147,19 @@ class SplitAttnBottleneck(CotBottleneck):
         avd_last = create_aa(aa_layer, channels=width, stride=stride, **dd) if pool else nn.Identity()
         return nn.Identity(), conv2, avd_last
 
-    def _fuse_spatial_layers(self) -> None:
-        conv2 = self.conv2
-        fold_pair(conv2, 'conv', 'bn0')
-        fold_pair(conv2, 'fc1', 'bn1')
-        if isinstance(conv2.bn0, nn.Identity) and isinstance(conv2.drop, nn.Identity) \
-                and FusedConv2d.is_fusible(conv2.conv, conv2.act0):
-            conv2.conv = FusedConv2d(conv2.conv, conv2.act0)
-            conv2.act0 = nn.Identity()
-
 
 class CotResNet(CheckedLoading, ResNet):
-    """What the networks share: timm's ResNet, whose stem runs as one operation where it can.
+    """What both kinds of networks share: timm's ResNet, whose stages fold as a whole, the first with the stem."""
 
-    Once folded, stem and first two stages take a few images at a time on the CPU. Their activations are by far the
-    largest. Beyond a few megabytes memory comes fresh from the system each time, and that costs more than the work.
-    """
-    MAX_BYTES = 6_500_000  # of one activation: two images of 224 x 224 in float32
+    def _make_foldable(self) -> None:
+        for name, cls in (('layer1', FirstStage), ('layer2', Stage), ('layer3', Stage), ('layer4', Stage)):
+            setattr(self, name, cls(*getattr(self, name)))
+        self.layer1.of(self)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """As in timm's ResNet: (B, in_chans, H, W) -> (B, num_features, H / 32, W / 32)."""
-        if not torch.jit.is_scripting():
-            if can_run_packed(x) and self._is_folded():
-                image = 16 * x.shape[2] * x.shape[3] * x.element_size()  # 64 channels, half the sides
-                parts = [self._forward_early(part) for part in x.split(max(1, self.MAX_BYTES // image))]
-                return self.layer4(self.layer3(torch.cat(parts) if len(parts) > 1 else parts[0]))
-        if torch.jit.is_scripting():
-            x = self.act1(self.bn1(self.conv1(x)))
-        else:
-            x = batch_norm_act(run_sequential(self.conv1, x), self.bn1, self.act1)
-        x = self.maxpool(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-    @torch.jit.unused
-    def _forward_early(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer2(self.layer1(max_pool(self.act1(self.bn1(self.conv1(x))), self.maxpool)))
-
-    @torch.jit.unused
-    def _is_folded(self) -> bool:
-        return (
-            not self.training
-            and isinstance(self.bn1, nn.Identity)
-            and isinstance(self.layer1, FusedStage)
-            and isinstance(self.layer2, FusedStage)
-            and not are_watched([self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2])
-        )
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(self.layer1, FirstStage):  # a copy, or unpickled: it has another network now
+            self.layer1.of(self)
 
 
 class CotNet(CotResNet):
@@ -233,9 +172,7 @@ class CotNet(CotResNet):
 
     def __init__(self, layers: Tuple[int, ...], **kwargs):
         super().__init__(CotBottleneck, layers, **kwargs)
-        make_stem_foldable(self.conv1, self.bn1, self.act1)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            stage.__class__ = Stage
+        self._make_foldable()
 
 
 class SeCotNetD(CotResNet):
@@ -280,32 +217,25 @@ class SeCotNetD(CotResNet):
             device=None,
             dtype=None,
     ):
-        super(ResNet, self).__init__()  # ResNet's own constructor has no such stages
         dd = factory_kwargs(device, dtype)
-        assert output_stride in (8, 16, 32)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-        act_layer = get_act_layer(act_layer)
-        norm_layer = get_norm_layer(norm_layer)
+        super().__init__(  # stem and classifier; the stages follow
+            CotBottleneck,
+            (),
+            num_classes=num_classes,
+            in_chans=in_chans,
+            output_stride=output_stride,
+            global_pool=global_pool,
+            stem_width=stem_width,
+            stem_type='deep',
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self.maxpool = nn.Identity()
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
 
         inplanes = 2 * stem_width
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(in_chans, stem_width, 3, stride=2, padding=1, bias=False, **dd),
-            norm_layer(stem_width, **dd),
-            act_layer(inplace=True),
-            nn.Conv2d(stem_width, stem_width, 3, padding=1, bias=False, **dd),
-            norm_layer(stem_width, **dd),
-            act_layer(inplace=True),
-            nn.Conv2d(stem_width, inplanes, 3, padding=1, bias=False, **dd),
-        )
-        self.bn1 = norm_layer(inplanes, **dd)
-        self.act1 = act_layer(inplace=True)
-        self.maxpool = nn.Identity()
-        make_stem_foldable(self.conv1, self.bn1, self.act1)
-        self.feature_info = [dict(num_chs=inplanes, reduction=2, module='act1')]
-
         block_kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, aa_layer=aa_layer, **(block_args or {}), **dd)
         net_stride = 2
         dilation = prev_dilation = 1
@@ -316,7 +246,7 @@ class SeCotNetD(CotResNet):
             net_stride *= stride
             dilation *= 2 // stride
             outplanes = planes * CotBottleneck.expansion
-            downsample = _downsample_avg(inplanes, outplanes, stride, dilation, norm_layer, dd)
+            downsample = downsample_avg(inplanes, outplanes, 1, stride, dilation, norm_layer=norm_layer, **dd)
             blocks = []
             for i in range(depth):
                 block_fn = CotBottleneck if stage == 3 or stage == 2 and i % 2 == 0 else SplitAttnBottleneck
@@ -335,22 +265,13 @@ class SeCotNetD(CotResNet):
                 prev_dilation = dilation
                 inplanes = outplanes
                 block_idx += 1
-            self.add_module(f'layer{stage + 1}', Stage(*blocks))
+            self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
             self.feature_info.append(dict(num_chs=outplanes, reduction=net_stride, module=f'layer{stage + 1}'))
 
-        self.num_features = self.head_hidden_size = inplanes
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        for name in ('global_pool', 'fc'):  # last, as in the official state dict
+            self.add_module(name, self._modules.pop(name))
+        self._make_foldable()
         self.init_weights(zero_init_last=zero_init_last)
-
-
-def _downsample_avg(in_chans: int, out_chans: int, stride: int, dilation: int, norm_layer, dd) -> nn.Sequential:
-    """Shortcut of a stage's first block: 2x2 average pool, 1x1 convolution, norm."""
-    pool = nn.AvgPool2d if dilation == 1 else AvgPool2dSame
-    return nn.Sequential(
-        pool(2, stride, ceil_mode=True, count_include_pad=False),
-        nn.Conv2d(in_chans, out_chans, 1, bias=False, **dd),
-        norm_layer(out_chans, **dd),
-    )
 
 
 def _create_cotnet(variant: str, pretrained: bool = False, model_cls: Type[ResNet] = CotNet, **kwargs) -> ResNet:

@@ -1,8 +1,12 @@
-"""Local convolution, the operator of CoT: `local_conv.py` is the front end, each other file one implementation.
+"""The two operators of CoT: local convolution, and the contexts behind the convolutions of a layer.
 
-The rest is what stands beside it in a network on the CPU: `key_conv.py`, `contexts.py` and `batch_norm.py` for
-training, `folded.py` and `pointwise.py` for inference.
+`local_conv.py` and `contexts.py` say what they compute. `dispatch.py` decides what may stand in for a module or an
+operator on an input: `plain.py` and `shifted.py` are in plain PyTorch, `cpu/` and `triton.py` are kernels.
 """
+from .contexts import ContextsParameters, ContextsSettings, contexts, mix_contexts, pool_contexts
 from .local_conv import grouped_local_conv, local_conv
 
-__all__ = ['grouped_local_conv', 'local_conv']
+__all__ = [
+    'ContextsParameters', 'ContextsSettings', 'contexts', 'grouped_local_conv', 'local_conv', 'mix_contexts',
+    'pool_contexts',
+]

@@ -1,11 +1,8 @@
-"""Front end of local convolution: checks its input, then picks one implementation (`choose`, the only such place)."""
+"""Front end of local convolution: checks its input, then calls the implementation that `dispatch.py` chooses."""
 import torch
 
-from .native import LocalConvNative, why_not_local_conv
+from .dispatch import choose_local_conv
 from .reference import local_conv_reference, sum_of_taps
-from .shifted import LocalConvShifted
-from .triton import local_conv_triton, why_not_triton
-from .watch import is_traced
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,20 +74,7 @@ def _local_conv_eager(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, d
         x, weight = x.to(dtype), weight.to(dtype)
     elif x.dtype != weight.dtype:
         raise ValueError(f'local_conv: weight has dtype {weight.dtype}, x has {x.dtype}; cast one of them')
-    return choose(x, weight, kernel_size)(x, weight, kernel_size, dilation)
-
-
-def choose(x: torch.Tensor, weight: torch.Tensor, kernel_size: int):
-    """The implementation for these, and why."""
-    if is_traced(x) or is_traced(weight):
-        return local_conv_reference  # compilers and tracers fuse plain ATen, and need nothing of this package later
-    if x.device.type == 'cpu':
-        if why_not_local_conv(x, weight, kernel_size) is None:
-            return LocalConvNative.apply  # one pass over memory in each direction
-        return LocalConvShifted.apply  # in-place accumulation, no padded copy, little saved for the backward
-    if why_not_triton(x) is None:
-        return local_conv_triton  # one kernel in each direction
-    return local_conv_reference
+    return choose_local_conv(x, weight, kernel_size)(x, weight, kernel_size, dilation)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> None:

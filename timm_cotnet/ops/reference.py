@@ -30,12 +30,12 @@ def sum_of_taps(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilatio
     top, left = rows * dilation, cols * dilation
     # channel c = m * G + g uses filter g: (B, C, H, W) -> (B, C // G, G, H + 2 * top, W + 2 * left)
     x = F.pad(x, [left, left, top, top]).reshape(B, C // G, G, H + 2 * top, W + 2 * left)
-    weight = weight.unsqueeze(1)  # (B, 1, G, k * k, H, W)
-    out = x[:, :, :, top:top + H, left:left + W] * weight[:, :, :, center * kernel_size + center]
+    # no tensor of rank above 5, as not every runtime has them
+    out = x[:, :, :, top:top + H, left:left + W] * weight[:, :, center * kernel_size + center].unsqueeze(1)
     for row in range(-rows, rows + 1):
         for col in range(-cols, cols + 1):
             if row != 0 or col != 0:
                 i, j = top + row * dilation, left + col * dilation
                 tap = (center + row) * kernel_size + center + col
-                out = out + x[:, :, :, i:i + H, j:j + W] * weight[:, :, :, tap]
+                out = out + x[:, :, :, i:i + H, j:j + W] * weight[:, :, tap].unsqueeze(1)
     return out.reshape(B, C, H, W)

@@ -8,6 +8,7 @@ from typing import Iterator, Tuple
 import torch
 
 from .reference import local_conv_reference
+from .watch import wants_plain
 
 Window = Tuple[slice, slice]
 
@@ -83,8 +84,7 @@ class LocalConvShifted(torch.autograd.Function):
     def gradients(ctx, grad, x, weight):
         """`backward`, with the saved tensors already unpacked."""
         args = (ctx.kernel_size, ctx.dilation)
-        # a second derivative is wanted, or many gradients at once: the first one as differentiable plain PyTorch
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if wants_plain(grad):
             with torch.enable_grad():
                 x, weight = x.view_as(x), weight.view_as(weight)
                 out = local_conv_reference(x, weight, *args)

@@ -148,9 +148,9 @@ def _autocast(device_type: str) -> Callable:
     return cast_and_call
 
 
-_LIBRARY = torch.library.Library('timm_cotnet', 'FRAGMENT')  # the rules live as long as this object
-_LIBRARY.impl('local_conv', _autocast('cuda'), 'AutocastCUDA')
-_LIBRARY.impl('local_conv', _autocast('cpu'), 'AutocastCPU')
+# in the operator's own library, which goes when the package is imported anew
+_local_conv._lib.impl('local_conv', _autocast('cuda'), 'AutocastCUDA')
+_local_conv._lib.impl('local_conv', _autocast('cpu'), 'AutocastCPU')
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, grad: Optional[torch.Tensor] = None) -> None:

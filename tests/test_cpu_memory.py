@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from timm_cotnet.ops import memory
+from timm_cotnet.ops.cpu import memory
 
 
 @pytest.mark.parametrize('size', [0, 3, memory._MIN_BYTES // 4 + 7])

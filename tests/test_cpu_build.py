@@ -1,0 +1,347 @@
+"""How the C kernels are compiled, kept and loaded, and what they withstand: forks, threads, small stacks, no memory."""
+import ctypes
+import logging
+import os
+import platform
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from timm_cotnet.ops.cpu import build
+from timm_cotnet.ops.cpu.contexts import contexts_folded
+from timm_cotnet.ops.cpu.local_conv import LocalConvNative, local_conv
+from timm_cotnet.ops.reference import local_conv_reference
+
+pytestmark = pytest.mark.skipif(
+    isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
+DTYPE = torch.bfloat16  # of which the library is smaller, and compiled sooner
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """The folder of an empty cache; libraries are loaded anew."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    for name in ('CC', 'TIMM_COTNET_CFLAGS', 'TIMM_COTNET_NATIVE'):
+        monkeypatch.delenv(name, raising=False)
+    build.load.cache_clear()
+    yield tmp_path / 'timm_cotnet'
+    build.load.cache_clear()
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """Makes a compiler out of a shell script's body, which counts its runs in the file `runs`."""
+    def make(body):
+        path = tmp_path / 'compiler'
+        path.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\n{body}\n')
+        path.chmod(0o755)
+        return str(path)
+    return make
+
+
+def inputs(B=2, C=16, G=2, H=5, W=6, dtype=DTYPE):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(B, n, H, W, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+                 for n in (C, G * 9))
+    return x, weight.view(B, G, 9, H, W)
+
+
+def check(dtype=DTYPE, **sizes):
+    x, weight = inputs(dtype=dtype, **sizes)
+    expected = local_conv_reference(x, weight)
+    tolerance = 2 ** -6 if dtype == torch.bfloat16 else 2e-5
+    assert (local_conv(x, weight, 3, 1) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def load_again():
+    build.load.cache_clear()
+    return build.load(DTYPE)
+
+
+def run(code, **env):
+    """What a new process prints."""
+    result = subprocess.run(
+        [sys.executable, '-c', code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_compiled_once(fresh, caplog):
+    caplog.set_level(logging.INFO, 'timm_cotnet')
+    check()
+    library, digest = sorted(fresh.iterdir())  # and no temporary folder left
+    assert digest.name == f'{library.name}.sha256' and digest.read_text() == build._digest(library)
+    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
+    message, = (record.message for record in caplog.records)
+    assert message.startswith('compiled kernels in ') and message.endswith(f' s: {library}')
+    made = library.stat().st_mtime_ns
+    assert isinstance(load_again(), ctypes.CDLL)
+    check()
+    assert library.stat().st_mtime_ns == made and len(caplog.records) == 1
+
+
+def test_one_openmp_runtime():
+    """That of PyTorch: a second one would have threads of its own."""
+    code = (
+        'import re, torch\n'
+        'runtimes = lambda: {line.split()[-1] for line in open("/proc/self/maps") '
+        'if re.search(r"/lib(gomp|iomp5|omp)\\b", line)}\n'
+        'before = runtimes()\n'
+        'from timm_cotnet.ops.cpu.build import load\n'
+        'assert not isinstance(load(torch.float32), str)\n'
+        'print(len(before), runtimes() == before)')
+    if sys.platform != 'linux':
+        pytest.skip('reads /proc')
+    assert run(code).split() == ['1', 'True']
+
+
+@pytest.mark.parametrize('command', ['g++', 'env gcc', 'gcc -pipe'])
+def test_other_compilers(fresh, monkeypatch, command):
+    monkeypatch.setenv('CC', command)
+    if command == 'g++':
+        monkeypatch.setenv('TIMM_COTNET_NATIVE', '1')
+    check()
+
+
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='flags of x86')
+@pytest.mark.parametrize('processor', ['haswell', 'x86-64'])
+def test_other_processors(monkeypatch, processor):
+    monkeypatch.setenv('TIMM_COTNET_CFLAGS', f'-march={processor}')
+    build.load.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            check(dtype)
+            check(dtype, C=30, G=5)
+        x, weight = inputs(C=32, G=8, dtype=torch.float32)
+        x.requires_grad_(), weight.requires_grad_()
+        grads = [torch.autograd.grad(f(x, weight, 3, 1).square().sum(), (x, weight))
+                 for f in (LocalConvNative.apply, local_conv_reference)]
+        for actual, expected in zip(*grads):
+            assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+    finally:
+        build.load.cache_clear()
+
+
+def test_without_openmp(fresh, monkeypatch, caplog, compiler):
+    caplog.set_level(logging.INFO, 'timm_cotnet')
+    monkeypatch.setenv('CC', compiler(
+        'for arg; do test "$arg" = -fopenmp && echo what is OpenMP >&2 && exit 1; done; exec cc "$@"'))
+    check()
+    assert 'for one thread, as OpenMP is missing' in caplog.text and 'what is OpenMP' in caplog.text
+
+
+def test_failure_is_remembered(fresh, monkeypatch, caplog, compiler):
+    caplog.set_level(logging.INFO, 'timm_cotnet')
+    monkeypatch.setenv('CC', compiler('echo no such header >&2; exit 3'))
+    reason = build.load(DTYPE)
+    assert 'compiler failed with exit code 3: no such header' in reason
+    assert reason in caplog.text
+    failure, = fresh.iterdir()
+    runs = fresh.parent / 'runs'
+    tries = len(runs.read_text().split())
+    again = load_again()
+    assert 'no such header' in again and str(failure) in again and 'TIMM_COTNET_NATIVE=1' in again
+    assert len(runs.read_text().split()) == tries
+    with pytest.raises(RuntimeError, match='no kernel local_conv for .*no such header'):
+        local_conv(*inputs(), 3, 1)
+    monkeypatch.setenv('TIMM_COTNET_NATIVE', '1')
+    with pytest.raises(RuntimeError, match='TIMM_COTNET_NATIVE is 1, but the kernels .*no such header'):
+        load_again()
+    assert len(runs.read_text().split()) == 2 * tries
+    failure.unlink()
+    monkeypatch.delenv('TIMM_COTNET_NATIVE')
+    load_again()
+    assert len(runs.read_text().split()) == 3 * tries
+
+
+def test_success_makes_a_failure_forgotten(fresh, monkeypatch):
+    def fail(*args):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(build, '_run', fail)
+    assert 'disk full' in build.load(DTYPE)
+    monkeypatch.undo()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(fresh.parent))
+    assert 'compiling failed before' in load_again()
+    monkeypatch.setenv('TIMM_COTNET_NATIVE', '1')
+    load_again()
+    assert sorted(path.suffix for path in fresh.iterdir()) == ['.sha256', '.so']
+
+
+def test_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setenv('CC', 'no-such-compiler -O1')
+    assert "there is no C compiler 'no-such-compiler'; install one or set CC" in build.load(DTYPE)
+    monkeypatch.setenv('TIMM_COTNET_NATIVE', '0')
+    assert load_again() == 'TIMM_COTNET_NATIVE is 0'
+    monkeypatch.setenv('TIMM_COTNET_NATIVE', '1')
+    assert build.load(torch.float64) == 'there are no kernels for torch.float64'
+
+
+@pytest.mark.parametrize('damage', [b'', b'\x7fELF', None])
+def test_damaged_library(fresh, damage):
+    build.load(DTYPE)
+    library, digest = sorted(fresh.iterdir())
+    whole = library.read_bytes()
+    library.unlink()  # as it is mapped
+    if damage is None:
+        digest.unlink()
+    library.write_bytes(whole if damage is None else damage)
+    assert isinstance(load_again(), ctypes.CDLL)
+    check()
+    assert digest.read_text() == build._digest(library)
+
+
+@pytest.mark.parametrize('mode', [0o770, 0o702])
+def test_folder_that_others_may_write_to(fresh, mode):
+    fresh.mkdir()
+    fresh.chmod(mode)
+    assert f'with mode {mode:o}' in build.load(DTYPE)
+    assert not list(fresh.iterdir())
+
+
+def test_folder_of_somebody_else(fresh, monkeypatch):
+    build.load(DTYPE)
+    user = os.geteuid()
+    monkeypatch.setattr(os, 'geteuid', lambda: user + 1)
+    reason = load_again()
+    assert f'belongs to user {user}' in reason and 'XDG_CACHE_HOME' in reason
+
+
+def test_place_that_cannot_be_a_folder(fresh):
+    fresh.write_text('')
+    assert 'FileExistsError' in build.load(DTYPE)
+
+
+@pytest.mark.slow
+def test_processes_may_compile_at_once(fresh):
+    code = (
+        'import torch; from timm_cotnet.ops.cpu.build import load; print(isinstance(load(torch.bfloat16), str))')
+    processes = [
+        subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in processes] == ['False'] * 3
+    library, digest = sorted(fresh.iterdir())
+    assert digest.read_text() == build._digest(library)
+
+
+def test_small_stacks_of_threads():
+    """Nothing that grows with the number of channels lies on a thread's stack."""
+    code = '''
+import torch
+from timm_cotnet import CotLayer
+from timm_cotnet.ops.cpu.contexts import contexts_folded, train_contexts
+from timm_cotnet.ops.cpu.local_conv import LocalConvNative
+torch.set_num_threads(3)
+C, G, k = 4096, 512, 3
+image = lambda n: torch.randn(4, n, 2, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+x, logits, static = image(C), image(G * k * k), image(C)
+LocalConvNative.apply(x, logits.view(4, G, k * k, 2, 3), k, 1).sum().backward()
+layer = CotLayer(C)
+train_contexts(layer, x, logits, static).sum().backward()
+norm, se = layer.embed[4], layer.se
+parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
+with torch.no_grad():
+    contexts_folded(x, logits, static, parameters, k, 1, 1, 1e-5)
+    contexts_folded(x[:1], logits[:1], static[:1], parameters, k, 1, 1, 1e-5)
+print('done')
+'''
+    assert run(code, OMP_STACKSIZE='64k', OMP_NUM_THREADS='3').strip() == 'done'
+
+
+def results():
+    x, weight = inputs(B=3, C=32, G=4, dtype=torch.float32)
+    x.requires_grad_(), weight.requires_grad_()
+    out = LocalConvNative.apply(x, weight, 3, 1)
+    return out, *torch.autograd.grad(out.square().sum(), (x, weight))
+
+
+def test_forked_process():
+    """OpenMP's threads are gone in the child, whose kernels run on one thread."""
+    expected = results()
+    assert build.num_threads() == torch.get_num_threads()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            same = all(map(torch.equal, results(), expected))
+            os.write(write, f'{build.num_threads()} {same}'.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        assert answer.read() == '1 True'
+    os.waitpid(child, 0)
+    assert build.num_threads() == torch.get_num_threads()
+    assert all(map(torch.equal, results(), expected))
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return local_conv(*(t[index:index + 1] for t in inputs(B=4)), 3, 1)[0]
+
+
+def test_workers_of_a_data_loader():
+    expected = local_conv(*inputs(B=4), 3, 1)
+    loader = torch.utils.data.DataLoader(Images(), batch_size=4, num_workers=2, multiprocessing_context='fork')
+    batch, = loader
+    assert torch.equal(batch, expected)
+
+
+def test_several_python_threads():
+    expected = results()
+    same = []
+    threads = [
+        threading.Thread(target=lambda: same.extend(all(map(torch.equal, results(), expected)) for _ in range(20)))
+        for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 80
+
+
+def test_missing_memory(monkeypatch, tmp_path):
+    """Whichever allocation fails, the kernel says so, and works the next time."""
+    from timm_cotnet import CotLayer
+    from timm_cotnet.ops.cpu.contexts import train_contexts
+    header = tmp_path / 'failing.h'
+    header.write_text(
+        '#include <stdlib.h>\n__attribute__((weak)) int left = 1 << 30;\n'
+        '#define aligned_alloc(alignment, size) (left-- > 0 ? (aligned_alloc)(alignment, size) : NULL)\n')
+    x, weight = inputs(C=16, G=2, dtype=torch.float32)
+    layer = CotLayer(16)
+    norm, se = layer.embed[4], layer.se
+    parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
+    logits = weight.flatten(1, 2)
+    wanting = [t.detach().requires_grad_() for t in (x, weight, logits)]
+
+    kernels = {
+        'local_conv': lambda: local_conv(x, weight, 3, 1),
+        'local_conv_backward': lambda: LocalConvNative.apply(*wanting[:2], 3, 1).sum().backward(),
+        'contexts_folded': lambda: contexts_folded(x, logits, x, parameters, 3, 1, 1, 1e-5),
+        'contexts_backward': lambda: train_contexts(layer, wanting[0], wanting[2], x).sum().backward(),
+    }
+    monkeypatch.setenv('TIMM_COTNET_CFLAGS', f'-include {header}')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    build.load.cache_clear()
+    try:
+        left = ctypes.c_int.in_dll(build.load(torch.float32), 'left')
+        for name, run_kernel in kernels.items():
+            missing = set()
+            for allocations in range(200):
+                left.value = allocations
+                try:
+                    with torch.set_grad_enabled('backward' in name or 'gradient' in name):
+                        run_kernel()
+                    break
+                except MemoryError as error:
+                    missing.add(str(error).split()[3])
+            assert allocations > 0 and name in missing, (name, missing)
+    finally:
+        build.load.cache_clear()

@@ -1,0 +1,253 @@
+"""All of a CoT layer behind its convolutions in C, in training and folded, against the definition in float64."""
+import contextlib
+import copy
+
+import pytest
+import torch
+
+from timm_cotnet import CotLayer, CoxtLayer, local_conv
+from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
+from timm_cotnet.ops.cpu import build
+from timm_cotnet.ops.cpu.contexts import contexts_folded, train_contexts
+
+pytestmark = pytest.mark.skipif(
+    isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
+
+# Batches are not tiny, as the norm of the mix, which is over pooled images, makes noise of few.
+LAYERS = [
+    (CotLayer, dict(dim=64), (7, 9, 7)), (CotLayer, dict(dim=16, kernel_size=5, dilation=2), (8, 8, 8)),
+    (CotLayer, dict(dim=136, kernel_size=7), (6, 5, 6)), (CoxtLayer, dict(dim=96), (6, 6, 5)),
+    (CotLayer, dict(dim=8, kernel_size=1), (6, 3, 1)), (CoxtLayer, dict(dim=32, dilation=3), (9, 1, 4)),
+    (CotLayer, dict(dim=32), (6, 5, 7)), (CotLayer, dict(dim=64, dilation=4), (6, 3, 2)),  # smaller than a filter
+    (CotLayer, dict(dim=128, dilation=2), (6, 5, 9)), (CotLayer, dict(dim=192), (7, 4, 3)),
+    (CotLayer, dict(dim=40), (6, 4, 5)), (CoxtLayer, dict(dim=192), (6, 3, 5)), (CoxtLayer, dict(dim=256), (6, 4, 4))]
+
+
+def create(layer_cls=CotLayer, **kwargs):
+    torch.manual_seed(0)
+    layer = layer_cls(**{'dim': 16, **kwargs}).train()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    return layer
+
+
+def inputs(layer, B=2, H=4, W=5, dtype=torch.float32):
+    """Values, filters before their norm, and static context."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(B, n, H, W, generator=generator).add_(1).to(dtype).contiguous(memory_format=torch.channels_last)
+        .requires_grad_() for n in (layer.dim, layer.embed[4].num_channels, layer.dim)]
+
+
+def parameters_of(layer):
+    """In the order of `ContextsParameters`."""
+    modules = (layer.conv1x1[1], layer.embed[4], layer.bn, layer.se[0], layer.se[1], layer.se[3])
+    return [p for module in modules for p in (module.weight, module.bias)]
+
+
+def exact(layer, tensors, parameters=None):
+    """The definition in double precision, and the leaves it was computed from."""
+    parameters = parameters_of(layer) if parameters is None else parameters
+    leaves = [t if t is None else t.detach().double().requires_grad_() for t in (*tensors, *parameters)]
+    settings = ContextsSettings(
+        layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].num_groups,
+        layer.conv1x1[1].eps, layer.embed[4].eps, layer.bn.eps, layer.se[1].eps)
+    return contexts(*leaves[:3], ContextsParameters(*leaves[3:]), settings), leaves
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-2)
+
+
+def assert_gradients_close(actual, expected, tolerance=1e-3):
+    """Those of three tensors and of `ContextsParameters`."""
+    for i, (one, other) in enumerate(zip(actual, expected)):
+        if i != 3 + 7:  # a bias that a norm takes out again: zero but for rounding
+            assert_close(one, other, tolerance)
+
+
+@contextlib.contextmanager
+def threads_set(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('layer_cls, kwargs, shape', LAYERS)
+def test_training(layer_cls, kwargs, shape, threads):
+    layer = create(layer_cls, **kwargs)
+    tensors = inputs(layer, *shape)
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(2))
+    with threads_set(threads):
+        out = train_contexts(layer, *tensors)
+        actual = torch.autograd.grad(out, [*tensors, *parameters_of(layer)], grad)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    expected, leaves = exact(layer, tensors)
+    assert_close(out, expected)
+    assert_gradients_close(actual, torch.autograd.grad(expected, leaves, grad.double()))
+
+
+def test_running_statistics():
+    layer = create()
+    expected = copy.deepcopy(layer).double()
+    value, logits, static = inputs(layer)
+    for _ in range(2):
+        train_contexts(layer, value, logits, static)
+        with torch.no_grad():
+            normed = expected.conv1x1[1](value.double())
+            filters = expected.embed[4](logits.double()).unflatten(1, (-1, layer.kernel_size ** 2))
+            dynamic = expected.bn(local_conv(normed, filters, layer.kernel_size, layer.dilation))
+            pooled = torch.nn.functional.silu(dynamic).mean((2, 3), True) + static.double().mean((2, 3), True)
+            expected.se(pooled)
+    for name, statistic in expected.named_buffers():
+        if not name.startswith(('key_embed', 'embed')):
+            assert_close(layer.get_buffer(name), statistic)
+    assert layer.bn.num_batches_tracked == layer.conv1x1[1].num_batches_tracked == 2
+
+
+def test_large_mean():
+    """Statistics are taken from differences, so a mean far from zero costs no accuracy."""
+    layer = create(dim=32)
+    value, logits, static = (t.detach() for t in inputs(layer, 2, 6, 6))
+    value, logits = value + 100, logits + 100
+    assert_close(train_contexts(layer, value, logits, static), exact(layer, (value, logits, static))[0], 1e-3)
+
+
+def folded_parameters(layer):
+    """Those of `contexts_folded`, in order."""
+    norm, se = layer.embed[4], layer.se
+    return [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('layer_cls, kwargs, shape', LAYERS)
+def test_folded(layer_cls, kwargs, shape, threads, dtype, tolerance):
+    layer = create(layer_cls, **kwargs).to(dtype)
+    tensors = [t.detach() for t in inputs(layer, *shape, dtype=dtype)]
+    p = folded_parameters(layer)
+    settings = layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].eps
+    expected, _ = exact(layer, tensors, [None, None, p[0], p[1], None, *p[2:5], None, None, *p[5:]])
+    with threads_set(threads), torch.no_grad():
+        out = contexts_folded(*tensors, p, *settings)
+        alone = contexts_folded(*(t[:1] for t in tensors), p, *settings)  # an image that threads share
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out.double(), expected, tolerance)
+    assert_close(alone, out[:1], 1e-5 if dtype == torch.float32 else 2 ** -7)
+
+
+def test_folded_takes_any_layout():
+    layer = create()
+    tensors = [t.detach() for t in inputs(layer)]
+    parameters = [p.detach() for p in folded_parameters(layer)]
+    expected = contexts_folded(*tensors, parameters, 3, 1, 1, 1e-5)
+    parameters[3] = parameters[3].transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(contexts_folded(*(t.contiguous() for t in tensors), parameters, 3, 1, 1, 1e-5), expected)
+
+
+def test_little_is_saved():
+    layer = create(dim=64)
+    tensors = inputs(layer, 2, 16, 16)
+    out = train_contexts(layer, *tensors)
+    assert sum(t.numel() >= tensors[0].numel() for t in out.grad_fn.saved_tensors) == 3
+
+
+def second_derivative(out, leaves, grad):
+    first = torch.autograd.grad(out, leaves[:3], grad, create_graph=True)
+    return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), [leaves[0], leaves[1], leaves[7]])
+
+
+def test_second_derivative():
+    layer = create()
+    tensors = inputs(layer)
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(2))
+    out = train_contexts(layer, *tensors)
+    actual = second_derivative(out, [*tensors, *parameters_of(layer)], grad)
+    for one, other in zip(actual, second_derivative(*exact(layer, tensors), grad.double())):
+        assert_close(one, other, 1e-3)
+
+
+@pytest.mark.parametrize('how', ['vmap', 'is_grads_batched'])
+def test_many_gradients_at_once(how):
+    if torch.__version__.startswith('2.6.') and how == 'is_grads_batched':
+        pytest.skip('torch 2.6 cannot take many gradients at once through a group norm')
+    layer = create()
+    tensors = inputs(layer)
+    out = train_contexts(layer, *tensors)
+    leaves = [*tensors, *parameters_of(layer)]
+    grads = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(3))
+    if how == 'vmap':
+        batched = torch.vmap(lambda grad: torch.autograd.grad(out, leaves, grad, retain_graph=True))(grads)
+    else:
+        batched = torch.autograd.grad(out, leaves, grads, retain_graph=True, is_grads_batched=True)
+    for i in range(3):
+        single = torch.autograd.grad(out, leaves, grads[i], retain_graph=True)
+        assert_gradients_close([many[i] for many in batched], single)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_gradients_have_the_strides_of_their_parameters(memory_format):
+    """Distributed training compares them, those of single elements too."""
+    layer = create(dim=32).to(memory_format=memory_format)
+    train_contexts(layer, *inputs(layer)).square().sum().backward()
+    for p in parameters_of(layer):
+        assert p.grad.stride() == p.stride()
+
+
+@pytest.mark.parametrize('change, tolerance', [
+    (lambda t: t.contiguous(), 1e-6), (lambda t: t.double(), 1e-6), (lambda t: t.bfloat16(), 0.5)],
+    ids=['contiguous', 'double', 'bfloat16'])
+def test_saved_tensors_that_hooks_change(change, tolerance):
+    layer = create(dim=32)
+    tensors = inputs(layer, 8)
+    leaves = [*tensors, *parameters_of(layer)]
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(3))
+    expected = torch.autograd.grad(train_contexts(layer, *tensors), leaves, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: change(t.detach()), lambda t: t):
+        out = train_contexts(layer, *tensors)
+    actual = torch.autograd.grad(out, leaves, grad)
+    assert all(t.dtype == torch.float32 for t in actual)
+    assert_gradients_close(actual, expected, tolerance)
+
+
+def test_frozen_parameters():
+    layer = create()
+    layer.bn.requires_grad_(False)
+    layer.se.requires_grad_(False)
+    tensors = inputs(layer)
+    tensors[1].requires_grad_(False)
+    train_contexts(layer, *tensors).square().sum().backward()
+    assert layer.bn.weight.grad is layer.se[0].weight.grad is tensors[1].grad is None
+    assert layer.conv1x1[1].weight.grad.abs().max() > 0
+    out = train_contexts(layer, *tensors)
+    first = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)[0]
+    assert torch.autograd.grad(first.square().sum(), tensors[0])[0].isfinite().all()
+
+
+def test_hooks_on_what_is_called_see_it():
+    layer = create()
+    seen = []
+    layer.se.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    train_contexts(layer, *inputs(layer))
+    assert seen == [(2, 2 * layer.dim, 1, 1)]
+
+
+def test_checkpointing():
+    layer = create()
+    tensors = inputs(layer)
+    grads = []
+    for use in (False, True):
+        copied = copy.deepcopy(layer)
+        if use:
+            out = torch.utils.checkpoint.checkpoint(train_contexts, copied, *tensors, use_reentrant=False)
+        else:
+            out = train_contexts(copied, *tensors)
+        grads.append(torch.autograd.grad(out.square().sum(), [*tensors, copied.bn.weight]))
+    for a, b in zip(*grads):
+        assert_close(a, b, 1e-5)

@@ -1,0 +1,739 @@
+"""What `reparameterize_model` makes of layers, blocks and networks: equal results, whatever was done to them before."""
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from golden import filled, golden_input, load
+from timm.layers import BatchNormAct2d, BlurPool2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.utils import freeze, reparameterize_model
+from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer
+from timm_cotnet.deploy import FoldedBottleneck, FoldedCotAttention, FoldedCotLayer, why_not_folded
+from timm_cotnet.ops import dispatch
+
+from helpers import FORMATS, MODULES, create, difference, has_kernels, image, implementations, norms, plain_wing, shaken
+
+FOLDED = {
+    'CotLayer': FoldedCotLayer, 'CoxtLayer': FoldedCotLayer, 'CoTAttention': FoldedCotAttention,
+    'CotBottleneck': FoldedBottleneck, 'SplitAttnBottleneck': FoldedBottleneck,
+}
+MODELS = {
+    'test_cotnet': {},
+    'cotnext50_2x48d': dict(layers=(1, 2, 1, 1)),
+    'se_cotnetd_50': dict(layers=(1, 1, 2, 1)),
+    'se_cotnetd_152': dict(layers=(1, 1, 2, 1)),
+}
+
+
+def made(name, seed=0):
+    """A module of `MODULES` in float64 and evaluation."""
+    return create(name, seed).double().eval()
+
+
+def network(name, **kwargs):
+    """A network in float64 and evaluation, none of whose parameters is special."""
+    return shaken(timm.create_model(name, **MODELS.get(name, {}), **kwargs)).double().eval()
+
+
+def fold(module):
+    """A folded copy; timm folds the children of what it gets."""
+    return reparameterize_model(nn.Sequential(module))[0]
+
+
+def model_of(name, **kwargs):
+    return filled(timm.create_model(name, **MODELS.get(name, {}), **kwargs)).eval()
+
+
+def pictures(*shape):
+    return golden_input(shape or (2, 3, 64, 64), 'fold')
+
+
+@torch.no_grad()
+def check(module, folded, x, tolerance=1e-10):
+    """Both agree in float64 and evaluation, and nearly in float32, in which kernels may run."""
+    module, folded = copy.deepcopy(module).double().eval(), copy.deepcopy(folded).double().eval()
+    expected = module(x.double())
+    assert difference(folded(x.double()), expected) < tolerance
+    folded.float()
+    for memory_format in FORMATS:
+        assert difference(folded(x.float().contiguous(memory_format=memory_format)), expected) < 1e-4
+
+
+# Layers and blocks
+
+
+@pytest.mark.parametrize('layer_cls, dim, kernel_size, dilation', [
+    (CotLayer, 8, 1, 1), (CotLayer, 16, 3, 1), (CotLayer, 64, 5, 2), (CotLayer, 136, 3, 1), (CoxtLayer, 96, 3, 2),
+    (CoxtLayer, 32, 5, 1), (CoxtLayer, 16, 7, 3)])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('plain', [False, True])
+def test_cot_layers(layer_cls, dim, kernel_size, dilation, batch, plain):
+    layer = filled(layer_cls(dim, kernel_size, dilation)).eval()
+    folded = fold(layer)
+    assert type(folded) is FoldedCotLayer and not norms(folded)
+    with plain_wing(plain):
+        check(layer, folded, image(batch, dim, 9, 7))
+
+
+@pytest.mark.parametrize('dim, kernel_size', [(16, 1), (64, 3), (24, 5)])
+def test_article_module(dim, kernel_size):
+    module = filled(CoTAttention(dim, kernel_size)).eval()
+    folded = fold(module)
+    assert type(folded) is FoldedCotAttention and not norms(folded)
+    assert folded.attention_embed[-1].out_channels == dim  # the logits of the taps are averaged before they are made
+    check(module, folded, image(2, dim, 9, 7))
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_standalone_modules_of_a_sequence(name):
+    module = made(name)
+    for training in (False, True):
+        folded = fold(module.train(training))
+        assert type(folded) is FOLDED[name] and not norms(folded)
+        assert all(part.training == training for part in folded.modules())
+        check(module, folded, image(3, MODULES[name][1]))
+
+
+@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer', 'CotBottleneck', 'SplitAttnBottleneck'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_fast_path_is_taken_without_gradients(name, dtype, tolerance, memory_format):
+    """Installed kernels where they can run, and else the seam's conditions with kernels in plain PyTorch."""
+    module = create(name).eval().to(dtype).double()
+    folded = fold(module).to(dtype)
+    x = image(3, MODULES[name][1], memory_format=memory_format, dtype=dtype)
+    fast = {'CotBottleneck': ['packed convolutions', 'packed convolutions and a C kernel'],
+            'SplitAttnBottleneck': ['packed convolutions']}.get(name, ['packed convolutions and a C kernel'])
+    with torch.no_grad():
+        expected = module(x.double())
+        if has_kernels() and dispatch.onednn.why_not_packed(dtype) is None:
+            used, out = implementations(folded, x)
+            assert used == fast and out.dtype == dtype and difference(out, expected) < tolerance
+        with plain_wing():
+            used, out = implementations(folded, x)
+            assert used == fast and out.dtype == dtype and difference(out, expected) < tolerance
+    with plain_wing() as wing:  # gradients may be wanted
+        used, out = implementations(folded, x)
+        assert not wing.called and set(used) == {'its own modules'} and difference(out, expected) < tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', MODULES)
+def test_inputs_of_any_strides(name):
+    """Parts of larger images, every other channel, expanded, transposed, few pixels; and x stays as it is."""
+    module = made(name)
+    folded = fold(module).float()
+    C = MODULES[name][1]
+    for what, x in {
+            'part': image(3, C, 9, 9, memory_format=FORMATS[1])[..., 1:7, 2:8],
+            'channels': image(3, 2 * C, memory_format=FORMATS[1])[:, ::2],
+            'expanded': image(1, C, memory_format=FORMATS[1]).expand(3, -1, -1, -1),
+            'one color': image(3, 1).expand(-1, C, -1, -1),
+            'transposed': image(3, C, memory_format=FORMATS[1]).transpose(2, 3),
+            'flipped batch': image(3, C, memory_format=FORMATS[1])[1:],
+            'one pixel': image(3, C, 1, 1),
+            'one row': image(2, C, 1, 5, memory_format=FORMATS[1]),
+            'one column': image(2, C, 5, 1),
+    }.items():
+        kept = x.clone()
+        expected = module(x.double())
+        for plain in (False, True):
+            with plain_wing(plain):
+                assert difference(folded(x), expected) < 1e-4, what
+                assert torch.equal(x, kept), what
+
+
+@pytest.mark.parametrize('name', MODULES)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_inference_mode_first(name, dtype, tolerance):
+    """Whatever is packed in inference mode serves, or is made anew, outside of it."""
+    module = made(name)
+    folded = fold(module).to(dtype)
+    x = image(3, MODULES[name][1], memory_format=FORMATS[1], dtype=dtype)
+    expected = module(x.double())
+    with torch.inference_mode():
+        assert difference(folded(x), expected) < tolerance
+    with torch.no_grad():
+        assert difference(folded(x), expected) < tolerance
+    out = folded(x.requires_grad_())
+    out.float().square().sum().backward()
+    assert difference(out, expected) < tolerance and all(p.grad is not None for p in folded.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', MODULES)
+def test_autocast(name):
+    module = made(name)
+    folded = fold(module).float()
+    x = image(3, MODULES[name][1], memory_format=FORMATS[1])
+    for plain in (False, True):
+        with plain_wing(plain), torch.autocast('cpu', torch.bfloat16):
+            assert difference(folded(x), module(x.double())) < 0.05
+
+
+def test_gradients_of_folded_modules():
+    for name in MODULES:
+        module = create(name).double().eval()
+        grads = []
+        for part in (module, fold(module)):
+            x = image(2, MODULES[name][1], dtype=torch.float64).requires_grad_()
+            part(x).square().sum().backward()
+            grads.append(x.grad)
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
+        assert difference(*grads) < 1e-10, name
+
+
+def test_nothing_is_shared_with_the_module_before():
+    """Folding copies, so that training on the one changes nothing in the other."""
+    module = create('CotBottleneck').eval()
+    folded = fold(module)
+    storages = {p.data_ptr() for p in module.parameters()}
+    assert not storages & {p.data_ptr() for p in folded.parameters()}
+
+
+# Networks
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('training', [False, True])
+def test_networks(name, training):
+    model = model_of(name).train(training)
+    folded = reparameterize_model(model)
+    assert norms(model) and not norms(folded)
+    assert all(part.training == training for part in folded.modules())
+    check(model, folded, pictures(2, 3, 64, 96), tolerance=1e-9)
+    blocks = [block for stage in (folded.layer1, folded.layer2, folded.layer3, folded.layer4) for block in stage]
+    assert all(type(block) is FoldedBottleneck for block in blocks)
+
+
+def test_golden():
+    data = load('cotnet50')
+    x, expected = golden_input((2, 3, 96, 96), 'input96x96'), data['eval_logits_96x96']
+    folded = reparameterize_model(filled(timm.create_model('cotnet50')).eval())
+    with torch.no_grad():
+        assert (folded(x) - expected).abs().max() < 1e-9
+        folded.float()
+        for memory_format in FORMATS:
+            assert (folded(x.float().contiguous(memory_format=memory_format)) - expected).abs().max() < 1e-5
+        folded.bfloat16()
+        for memory_format in FORMATS:
+            x = x.bfloat16().contiguous(memory_format=memory_format)
+            assert difference(folded(x), expected) < 0.05
+
+
+def test_golden_layers():
+    data = load('layers')
+    for tag, layer in (
+            ('cot_dim64_k3', CotLayer(64)), ('coxt_dim96_k3', CoxtLayer(96)), ('seed_dim64_k3', CoTAttention(64))):
+        x = golden_input(tuple(data[f'{tag}_eval'].shape), 'layer' + tag)
+        assert (fold(filled(layer).eval())(x) - data[f'{tag}_eval']).abs().max() < 1e-9
+
+
+def test_stem_is_folded():
+    plain, deep = (reparameterize_model(model_of(name)) for name in ('cotnext50_2x48d', 'se_cotnetd_50'))
+    for model, conv in ((plain, plain.conv1), (deep, deep.conv1[-1])):
+        assert type(conv) is nn.Conv2d and conv.bias is not None
+        assert type(model.bn1) is nn.Identity and type(model.act1) is nn.ReLU
+    assert not norms(deep.conv1)
+
+
+def test_stem_of_a_copy_of_a_copy():
+    model = model_of('test_cotnet')
+    for made in (copy.deepcopy(copy.deepcopy(model)), pickle.loads(pickle.dumps(copy.deepcopy(model))),
+                 torch.load(saved(model), weights_only=False)):
+        before = copy.deepcopy(model.state_dict())
+        assert not norms(reparameterize_model(made, inplace=True))
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+        check(model, made, pictures())
+
+
+def saved(something):
+    file = io.BytesIO()
+    torch.save(something, file)
+    file.seek(0)
+    return file
+
+
+def test_networks_are_freed():
+    import gc
+    import weakref
+    model = model_of('test_cotnet')
+    ref = weakref.ref(model)
+    stage = model.layer1
+    del model
+    gc.collect()
+    assert ref() is None
+    assert stage.fuse() is stage  # without a network there is no stem
+
+
+def test_replaced_first_convolution():
+    model = timm.create_model('cotnet50', layers=(1, 1, 1, 1)).double().eval()
+    model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False).double()
+    folded = reparameterize_model(model)
+    check(model, folded, pictures())
+    assert type(folded.bn1) is nn.Identity and folded.conv1.kernel_size == (3, 3)
+    model.conv1 = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), nn.GELU()).double()  # what is behind it is not linear
+    folded = reparameterize_model(model)
+    check(model, folded, pictures())
+    assert type(folded.bn1) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize('name', ['test_cotnet', 'se_cotnetd_50'])
+def test_features_only(name):
+    model = model_of(name, features_only=True, out_indices=(0, 2, 4))
+    folded = reparameterize_model(model)
+    with torch.no_grad():
+        for actual, expected in zip(folded(pictures()), model(pictures())):
+            assert difference(actual, expected) < 1e-10
+    assert not [name for name in norms(folded) if name.startswith('layer')]
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(act_layer='gelu'), dict(act_layer='silu'),
+    dict(norm_layer='groupnorm1'), dict(norm_layer='batchnorm2d'), dict(norm_layer=BatchNormAct2d),
+    dict(norm_layer=FrozenBatchNormAct2d), dict(block_args=dict(attn_layer='se')), dict(aa_layer=BlurPool2d)],
+    ids=lambda kwargs: '-'.join(f'{key}={getattr(value, "__name__", value)}' for key, value in kwargs.items()))
+@pytest.mark.parametrize('name', ['test_cotnet', 'se_cotnetd_50'])
+def test_arguments_of_networks(name, kwargs):
+    if name != 'test_cotnet' and 'block_args' in kwargs:
+        kwargs = dict(block_args=dict(attn_layer='eca'))
+    model = network(name, **kwargs)
+    folded = reparameterize_model(model)
+    check(model, folded, pictures())
+    assert not norms(folded)
+
+
+def test_blocks_with_something_between_stay():
+    for kwargs in (dict(drop_path_rate=0.1), dict(drop_block_rate=0.1), dict(block_args=dict(attn_layer='se'))):
+        model = timm.create_model('test_cotnet', **kwargs)
+        folded = reparameterize_model(model)
+        assert type(folded.layer4[0]) is CotBottleneck and type(folded.layer4[0].conv2) is FoldedCotLayer
+        assert type(folded.layer4[0].bn1) is nn.Identity
+
+
+def test_blocks_with_drop_path_train_after_folding():
+    folded = reparameterize_model(network('test_cotnet', drop_path_rate=0.5)).float().train()
+    torch.manual_seed(0)
+    outs = [folded(pictures(4, 3, 64, 64).float()) for _ in range(8)]
+    assert any(difference(out, outs[0]) > 1e-3 for out in outs)  # it still drops
+
+
+def test_empty_batch():
+    for name in ('test_cotnet', 'cotnext50_2x48d'):  # timm's split attention takes none
+        folded = reparameterize_model(model_of(name)).float()
+        with torch.no_grad():
+            assert folded(torch.zeros(0, 3, 64, 64)).shape[0] == 0
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('how', [
+    'deepcopy', 'pickle', 'save', 'state dict', 'script', 'trace', 'fx', 'export', 'compile'])
+@pytest.mark.parametrize('name', ['test_cotnet', 'se_cotnetd_50'])
+def test_handed_on(name, how):
+    model = reparameterize_model(model_of(name)).float()
+    x = pictures().float()
+    with torch.no_grad():
+        expected = model(x)
+        other = _handed_on(model, how, x)
+        for memory_format in FORMATS:
+            assert difference(other(x.contiguous(memory_format=memory_format)), expected) < 1e-4
+
+
+def _handed_on(model, how, x):
+    if how == 'deepcopy':
+        return copy.deepcopy(model)
+    if how == 'pickle':
+        return pickle.loads(pickle.dumps(model))
+    if how == 'save':
+        return torch.load(saved(model), weights_only=False)
+    if how == 'state dict':
+        other = shaken(copy.deepcopy(model))
+        other.load_state_dict(torch.load(saved(model.state_dict()), weights_only=True))
+        return other
+    if how == 'script':
+        return torch.jit.script(model)
+    if how == 'trace':
+        return torch.jit.trace(model, x)
+    if how == 'fx':
+        return torch.fx.symbolic_trace(model)
+    if how == 'export':
+        return torch.export.export(model, (x,)).module()
+    return torch.compile(model, fullgraph=True, backend='aot_eager')
+
+
+def test_weights_changed_after_folding_are_used():
+    """Whatever a fast path has packed."""
+    module, other = create('CotBottleneck', seed=0).eval(), create('CotBottleneck', seed=1).eval()
+    folded, target = fold(module), fold(other)
+    x = image(2, 16, memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = other.double()(x.double())
+        folded(x)
+        folded.load_state_dict(target.state_dict())
+        assert difference(folded(x), expected) < 1e-5
+        replaced = torch.func.functional_call(fold(module), dict(target.named_parameters()), x)
+        assert difference(replaced, expected) < 1e-5
+        for double, halve in (
+                (lambda p: p.mul_(2), lambda p: p.div_(2)),
+                (lambda p: setattr(p, 'data', 2 * p.data), lambda p: setattr(p, 'data', p.data / 2)),
+                (lambda p: p.data.mul_(2), lambda p: p.data.div_(2))):  # which counts as no change of p
+            for p in folded.parameters():
+                double(p)
+            assert difference(folded(x), expected) > 0.1
+            for p in folded.parameters():
+                halve(p)
+            assert difference(folded(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize('swap', [False, True])
+def test_dtype_conversion_of_folded_models(swap):
+    folded = reparameterize_model(model_of('test_cotnet')).float()
+    x = pictures()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        with torch.no_grad():
+            expected = folded(x.float())
+            for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float64, 0.05)):
+                assert difference(folded.to(dtype)(x.to(dtype)), expected) < tolerance
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_intermediate_results_are_not_overwritten():
+    model = reparameterize_model(model_of('cotnext50_2x48d')).float().eval()
+    x = pictures().float()
+    kept = []
+    with torch.no_grad():
+        model(x)  # once without hooks
+        hooks = [module.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+                 for module in model.modules() if type(module) in (FoldedBottleneck, FoldedCotLayer)]
+        stages = model.forward_intermediates(x, intermediates_only=True)
+        copies = [stage.clone() for stage in stages]
+        for hook in hooks:
+            hook.remove()
+        model.forward_head(model.layer4(model.layer3(model.layer2(stages[1]))))
+    assert len(kept) == 2 * 5
+    assert all(torch.equal(out, copied) for out, copied in kept)
+    assert all(torch.equal(stage, copied) for stage, copied in zip(stages, copies))
+
+
+# What was done to a network before
+
+
+class Doubled(CotLayer):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledBlock(CotBottleneck):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+class ScaledIdentity(nn.Identity):
+    def forward(self, x):
+        return 1.5 * x
+
+
+class Lora(nn.Module):
+    """A convolution and a low-rank change of it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, base.dilation)
+        self.up = nn.Conv2d(2, base.out_channels, 1)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Quantized(nn.Module):
+    """A module between the stubs of eager quantization."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.quant, self.base, self.dequant = QuantStub(), base, DeQuantStub()
+
+    def forward(self, x):
+        return self.dequant(self.base(self.quant(x)))
+
+
+def replace(module, types, make):
+    for name, child in list(module.named_children()):
+        if type(child) in types:
+            setattr(module, name, make(child))
+        else:
+            replace(child, types, make)
+    return module
+
+
+def each(model, types, do):
+    for child in [m for m in model.modules() if type(m) in types]:
+        do(child)
+    return model
+
+
+def with_class(*classes):
+    def change(model):
+        for module in model.modules():
+            for cls in classes:
+                if type(module) in cls.__bases__:
+                    module.__class__ = cls
+        return model
+    return change
+
+
+def circular(conv):
+    """As code that makes panoramas does."""
+    conv.padding_mode = 'circular'
+
+
+def norm_without_weight(norm):
+    other = nn.BatchNorm2d(norm.num_features, affine=False)
+    other.running_mean, other.running_var = norm.running_mean, norm.running_var
+    return other
+
+
+def frozen(model):
+    freeze(model)
+    return model
+
+
+CHANGES = {  # name: (change, whether every norm is folded nevertheless)
+    'gelu': (lambda m: replace(m, (nn.ReLU,), lambda act: nn.GELU()), True),
+    'mish': (lambda m: replace(m, (nn.ReLU, nn.SiLU), lambda act: nn.Mish()), True),
+    'identity that scales': (lambda m: replace(m, (nn.ReLU,), lambda act: ScaledIdentity()), True),
+    'norm with activation': (lambda m: replace(m, (nn.BatchNorm2d,), lambda n: BatchNormAct2d(n.num_features)), True),
+    'norm without weight': (lambda m: replace(m, (nn.BatchNorm2d,), norm_without_weight), True),
+    'norm with another eps': (lambda m: each(m, (nn.BatchNorm2d,), lambda norm: setattr(norm, 'eps', 0.1)), True),
+    'frozen norms': (lambda m: freeze_batch_norm_2d(m), True),
+    'frozen': (frozen, True),
+    'SyncBatchNorm': (lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m), True),
+    "timm's SyncBatchNorm": (lambda m: convert_sync_batchnorm(m), True),
+    'circular': (lambda m: each(m, (nn.Conv2d,), circular), True),
+    'spectral norm removed': (lambda m: each(m, (nn.Conv2d,), spectral), True),
+    'norms without statistics': (
+        lambda m: replace(m, (nn.BatchNorm2d,), lambda n: nn.BatchNorm2d(n.num_features, track_running_stats=False)),
+        False),
+    'subclass of the layer': (with_class(Doubled), False),
+    'subclass of the block': (with_class(DoubledBlock), False),
+    'subclass of norms': (with_class(ScaledNorm), False),
+    'subclass of convolutions': (with_class(ScaledConv), False),
+    'pruned': (lambda m: each(m, (nn.Conv2d,), lambda conv: prune.l1_unstructured(conv, 'weight', 0.5)), False),
+    'weight norm by hooks': (lambda m: each(m, (nn.Conv2d,), lambda conv: nn.utils.weight_norm(conv)), False),
+    'weight norm': (lambda m: each(m, (nn.Conv2d,), lambda conv: parametrizations.weight_norm(conv)), False),
+    'LoRA': (lambda m: replace(m, (nn.Conv2d,), Lora), False),
+    'quantization stubs': (lambda m: replace(m, (nn.Conv2d,), Quantized), False),
+}
+
+
+@torch.no_grad()
+def settled(module, x):
+    """The module in float64 and evaluation; hooks have made its weights once without a graph, so it can be copied."""
+    module.double().eval()(x.double())
+    return module
+
+
+def spectral(conv):
+    nn.utils.spectral_norm(conv)
+    nn.utils.remove_spectral_norm(conv)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('name', MODULES)
+def test_changed_modules(name, change):
+    change, all_folded = CHANGES[change]
+    module = settled(change(nn.Sequential(create(name))), image(3, MODULES[name][1]))
+    folded = reparameterize_model(module)
+    for plain in (False, True):
+        with plain_wing(plain):
+            check(module, folded, image(3, MODULES[name][1]), tolerance=1e-9)
+    if all_folded:
+        assert not norms(folded)
+    check(module, copy.deepcopy(folded), image(3, MODULES[name][1]), tolerance=1e-9)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('change', CHANGES)
+def test_changed_networks(change):
+    """Their stem too."""
+    change, all_folded = CHANGES[change]
+    model = settled(change(shaken(timm.create_model('test_cotnet'))), pictures())
+    folded = reparameterize_model(model)
+    for plain in (False, True):
+        with plain_wing(plain):
+            check(model, folded, pictures(), tolerance=1e-9)
+    assert not all_folded or not norms(folded)
+
+
+def test_subclasses_stay():
+    for cls, base in ((Doubled, 'CotLayer'), (DoubledBlock, 'CotBottleneck')):
+        module = create(base)
+        module.__class__ = cls
+        assert type(fold(module)) is cls
+    block = made('CotBottleneck')
+    block.__class__ = DoubledBlock
+    assert type(fold(block).conv2) is FoldedCotLayer  # which the block only calls
+
+
+def test_forward_replaced_on_the_object():
+    for name in MODULES:
+        module = create(name).eval()
+        forward = module.forward
+        module.forward = lambda x, forward=forward: 2 * forward(x)
+        x = image(2, MODULES[name][1])
+        with torch.no_grad():
+            expected = module(x)
+            folded = reparameterize_model(nn.Sequential(module), inplace=True)[0]
+            assert folded is module and difference(folded(x), expected) < 1e-5, name
+
+
+@torch.no_grad()
+def test_forward_replaced_on_a_sequence():
+    """Which may leave out a part that folding would put into another."""
+    for name, path in (('CotLayer', 'conv1x1'), ('CotLayer', 'se'), ('CoTAttention', 'value_embed'),
+                       ('CotBottleneck', 'downsample')):
+        module = made(name)
+        parts = list(module.get_submodule(path))
+        norm = next(i for i, part in enumerate(parts) if isinstance(part, nn.BatchNorm2d))
+        module.get_submodule(path).forward = nn.Sequential(*parts[:norm], *parts[norm + 1:]).forward
+        x = image(2, MODULES[name][1], dtype=torch.float64)
+        expected = module(x)
+        folded = reparameterize_model(nn.Sequential(module), inplace=True)
+        assert difference(folded(x), expected) < 1e-10, path
+
+
+def test_pruned_model_goes_on_training():
+    model = timm.create_model('test_cotnet').train()
+    each(model, (nn.Conv2d,), lambda conv: prune.l1_unstructured(conv, 'weight', 0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = {key: value.clone() for key, value in model.named_buffers() if key.endswith('weight_mask')}
+    first = model.layer1[0].conv2.key_embed[0].weight_orig.clone()
+    for seed in range(2):
+        optimizer.zero_grad()
+        x = image(4, 3, 64, 64, memory_format=torch.channels_last, seed=seed)
+        F.cross_entropy(model(x), torch.arange(4)).backward()
+        optimizer.step()
+    assert difference(model.layer1[0].conv2.key_embed[0].weight_orig, first) > 1e-6
+    copied = copy.deepcopy(settled(model, pictures()))
+    check(copied, reparameterize_model(copied), pictures(), tolerance=1e-9)
+    each(copied, (nn.Conv2d,), lambda conv: prune.remove(conv, 'weight'))
+    folded = reparameterize_model(copied)
+    assert not norms(folded)
+    check(copied, folded, pictures(), tolerance=1e-9)
+    for key, mask in masks.items():
+        conv = copied.get_submodule(key.rpartition('.')[0])
+        assert (conv.weight[mask == 0] == 0).all() and (conv.weight != 0).float().mean() < 0.51
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_hooks_go_on_firing(name):
+    """On every child in turn: after folding they see what they saw before."""
+    module = create(name).double().eval()
+    x = image(2, MODULES[name][1], dtype=torch.float64)
+    for path, _ in list(module.named_modules()):
+        hooked, seen = copy.deepcopy(module), []
+        hooked.get_submodule(path).register_forward_hook(
+            lambda module, args, out: seen.append((args[0].clone(), out.clone())))
+        for child in hooked.modules():
+            if hasattr(child, 'inplace'):
+                child.inplace = False  # so that what hooks see of inputs stays
+        with torch.no_grad():
+            expected, before = hooked(x), list(seen)
+            seen.clear()
+            folded = reparameterize_model(nn.Sequential(hooked), inplace=True)
+            assert difference(folded(x), expected) < 1e-10, path
+        assert len(seen) == len(before) > 0, path
+        for pair in zip(seen, before):
+            assert all(difference(after, wanted) < 1e-10 for after, wanted in zip(*pair)), path
+
+
+def test_hooks_of_a_network_go_on_firing():
+    model = model_of('test_cotnet')
+    seen = []
+    for path in ('conv1', 'bn1', 'conv1.1', 'act1', 'layer1.0.downsample.1', 'layer2.0.conv2.bn', 'layer3', 'layer4.0'):
+        model.get_submodule(path).register_forward_hook(
+            lambda module, args, out, path=path: seen.append((path, out.clone())))
+    with torch.no_grad():
+        expected = model(pictures())
+        before = list(seen)
+        seen.clear()
+        folded = reparameterize_model(model, inplace=True)
+        assert difference(folded(pictures()), expected) < 1e-10
+    assert [path for path, _ in seen] == [path for path, _ in before] and len(seen) == 8
+    assert all(difference(after, out) < 1e-10 for (_, after), (_, out) in zip(seen, before))
+
+
+def test_parts_in_another_mode_stay_in_it():
+    """Dropout that samples in evaluation, norms that are frozen in training."""
+    module = create('CotLayer').eval()
+    module.key_embed[2] = nn.Dropout(0.5)
+    module.key_embed[2].train()
+    folded = fold(module)
+    drops = [m for m in folded.modules() if isinstance(m, nn.Dropout)]
+    assert len(drops) == 1 and drops[0].training and not folded.training
+
+    block = create('CotBottleneck').train()
+    block.conv2.bn.register_forward_hook(lambda *_: None)  # stays as it is
+    block.conv2.bn.eval()
+    folded = fold(block)
+    assert folded.training and not folded.conv2.bn.training
+
+
+def test_parametrized_norm_stays():
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    module = made('CotLayer')
+    parametrize.register_parametrization(module.bn, 'weight', Twice())
+    folded = fold(module)
+    assert type(folded) is CotLayer and norms(folded) == ['bn']
+    check(module, folded, image(2, 32))
+
+
+def test_requires_grad_is_kept():
+    module = create('CotBottleneck').eval()
+    module.conv2.requires_grad_(False)
+    folded = fold(module)
+    assert not any(p.requires_grad for p in folded.conv2.parameters())
+    assert all(p.requires_grad for p in folded.conv1.parameters())
+
+
+def test_reason_why_not_folded():
+    layer = create('CotLayer')
+    assert why_not_folded(layer) is None
+    for change, reason in (
+            (lambda m: m.register_forward_hook(lambda *_: None), 'hooks watch the layer'),
+            (lambda m: m.embed.append(nn.Identity()), 'embed is not as CotLayer made it'),
+            (lambda m: m.se.register_forward_hook(lambda *_: None), 'se is not as CotLayer made it'),
+            (lambda m: setattr(m, 'conv1x1', nn.Identity()), 'conv1x1 is not as CotLayer made it'),
+            (lambda m: m.key_embed.__setitem__(0, Lora(m.key_embed[0])), 'key_embed.0 is a Lora'),
+            (lambda m: m.conv1x1.__setitem__(0, nn.Conv2d(32, 32, 3, padding=1)), 'conv1x1.0 is a Conv2d'),
+            (lambda m: setattr(m, 'bn', nn.GroupNorm(1, 32)), 'bn is a GroupNorm'),
+            (lambda m: m.embed.__setitem__(0, nn.Conv2d(64, 16, 1, groups=2)), 'embed.0 has other groups'),
+    ):
+        changed = copy.deepcopy(layer)
+        change(changed)
+        assert reason in why_not_folded(changed)

@@ -1,0 +1,593 @@
+"""The seam: what may stand in for a module or an operator, the reasons why not, and what `explain` tells of both."""
+import copy
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_cotnet
+from timm_cotnet import CoTAttention, CotLayer, explain, local_conv
+from timm_cotnet.ops import dispatch
+from timm_cotnet.ops.dispatch import Choice, StandIn, choose_local_conv, known_as, recorded, stand_in
+
+from helpers import FORMATS, MODULES, create, difference, has_kernels, image, implementations, plain_wing
+
+PACKAGE = Path(timm_cotnet.__file__).parent
+OWN = 'its own modules'
+TRAIN, FOLDED, BLOCK = 'C kernels for training', 'packed convolutions and a C kernel', 'packed convolutions'
+
+
+def fold(module):
+    return reparameterize_model(nn.Sequential(module))[0]
+
+
+# The seam itself
+
+
+def table(monkeypatch, **rows):
+    monkeypatch.setattr(dispatch, '_ON_CPU', rows)
+
+
+def test_known_as_is_for_exactly_one_class(monkeypatch):
+    monkeypatch.setattr(dispatch, '_KINDS', dict(dispatch._KINDS))
+
+    @known_as('thing')
+    class Thing(nn.Module):
+        pass
+
+    class Other(Thing):
+        pass
+    assert dispatch._KINDS[Thing] == 'thing' and Other not in dispatch._KINDS and Thing.__name__ == 'Thing'
+    table(monkeypatch, thing=(StandIn('a double', lambda module, x: None, lambda module, x: 2 * x),))
+    x = torch.ones(2)
+    assert torch.equal(stand_in(Thing(), x), 2 * x)
+    assert stand_in(Other(), x) is None and stand_in(nn.ReLU(), x) is None
+    assert stand_in(Thing(), 'no tensor') is None
+    assert stand_in(Thing(), x.to('meta')) is None  # the table is that of the CPU
+
+
+def test_stand_ins_are_asked_in_turn(monkeypatch):
+    monkeypatch.setattr(dispatch, '_KINDS', {nn.Identity: 'thing'})
+    asked = []
+
+    def row(name, reason):
+        def why_not(module, x):
+            asked.append(name)
+            return reason
+        return StandIn(name, why_not, lambda module, x: name)
+    module, x = nn.Identity(), torch.ones(1)
+    table(monkeypatch, thing=(row('first', 'is asleep'), row('second', None), row('third', None)))
+    assert stand_in(module, x) == 'second' and asked == ['first', 'second']
+    with recorded() as choices:
+        stand_in(module, x)
+    assert choices == [Choice(module, 'second', (('first', 'is asleep'),))]
+    table(monkeypatch, thing=(row('first', 'is asleep'), row('second', 'is away')))
+    with recorded() as choices:
+        assert stand_in(module, x) is None
+    assert choices == [Choice(module, OWN, (('first', 'is asleep'), ('second', 'is away')))]
+
+
+def test_recorded_lasts_as_long_as_its_block():
+    layer, x = CotLayer(16), image(2, 16)
+    with recorded() as outer:
+        layer(x)
+        with recorded() as inner:
+            layer(x)
+            layer(x)
+        layer(x)
+        with pytest.raises(RuntimeError):
+            with recorded():
+                raise RuntimeError
+    layer(x)
+    assert [c.module for c in outer if c.module] == [layer] * 2 and [c.module for c in inner if c.module] == [layer] * 2
+    assert all(c.implementation.startswith('local convolution by') for c in outer + inner if c.module is None)
+    assert len(outer) == len(inner) == 4
+
+
+def test_every_kind_in_the_table_is_known():
+    assert {*dispatch._ON_CPU, *dispatch._ANYWHERE} <= set(dispatch._KINDS.values())
+    assert set(dispatch._KINDS.values()) == {
+        'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention', 'folded_bottleneck'}
+
+
+# Reasons
+
+
+def reason(module, x, name):
+    """Why the row `name` of the table was not taken by module(x); None if it was."""
+    with recorded() as choices:
+        stand_in(module, x)
+    choice, = (choice for choice in choices if choice.module is module)
+    return None if choice.implementation == name else dict(choice.why_not)[name]
+
+
+def channels_last(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+NOW = {  # of tensors and surroundings: (arguments, change) -> part of the reason
+    'dtype': (lambda a: a.update(x=a['x'].double()), r'x is torch\.float64, not torch\.float32'),
+    'dimensions': (lambda a: a.update(x=a['x'][0]), r'x of shape \(\d+, 6, 7\) is empty or has not 4 dimensions'),
+    'empty': (lambda a: a.update(x=a['x'][:0]), r'x of shape \(0, \d+, 6, 7\) is empty'),
+    'layout': (lambda a: a.update(x=a['x'].to_mkldnn()), 'x is not a dense tensor'),
+    'negative': (lambda a: a.update(x=torch._neg_view(a['x'])), 'x is not a dense tensor'),
+    'gradients': (lambda a: torch.set_grad_enabled(not a['training']), 'gradient'),
+    'autocast': (lambda a: torch.autocast('cpu', torch.bfloat16), 'autocast chooses the dtypes'),
+    'forward mode': (lambda a: torch.autograd.forward_ad.dual_level(), 'no forward-mode derivative'),
+    'dispatch mode': (lambda a: FlopCounterMode(display=False), 'dispatch mode watches operators'),
+    'subclass': (lambda a: a.update(x=a['x'].as_subclass(Marked)), 'x is a tensor subclass'),
+}
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def enter(change, arguments):
+    """What change gives, as a context, however it acts."""
+    result = change(arguments)
+    return result if hasattr(result, '__enter__') else nullcontext()
+
+
+def folded_modules():
+    layer, block = create('CotLayer').eval(), create('CotBottleneck').eval()
+    return {FOLDED: fold(layer), BLOCK: fold(block)}
+
+
+@pytest.mark.parametrize('row', [TRAIN, FOLDED, BLOCK])
+@pytest.mark.parametrize('what', NOW)
+def test_reasons_of_surroundings(what, row):
+    change, expected = NOW[what]
+    training = row == TRAIN
+    module = create('CotLayer').train() if training else folded_modules()[row]
+    a = {'x': channels_last(3, 16 if row == BLOCK else 32, 6, 7), 'training': training}
+    with plain_wing(), torch.set_grad_enabled(training):
+        assert reason(module, a['x'], row) is None
+        with enter(change, a):
+            found = reason(module, a['x'], row)
+    assert re.search(expected, found), found
+
+
+def test_reasons_of_memory_format():
+    x = torch.randn(3, 32, 6, 7)
+    with plain_wing():
+        assert reason(create('CotLayer').train(), x, TRAIN) == 'x is not channels-last'
+        with torch.no_grad():
+            assert reason(folded_modules()[FOLDED], x, FOLDED) is None
+
+
+def replaced(path, child):
+    def change(layer):
+        parent, _, name = path.rpartition('.')
+        layer.get_submodule(parent).add_module(name, child)
+    return change
+
+
+def set_on(path, name, value):
+    return lambda layer: setattr(layer.get_submodule(path), name, value)
+
+
+TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
+    'sequence': (lambda m: m.embed.append(nn.Identity()), '^embed is '),
+    'type': (replaced('key_embed.2', nn.GELU()), r'key_embed\.2 is a GELU, not the ReLU that is known'),
+    'subclass': (replaced('act', type('Swish', (nn.SiLU,), {})()), 'act is a Swish, not the SiLU that is known'),
+    'norm': (replaced('bn', nn.GroupNorm(1, 32)), 'bn is a GroupNorm, not the BatchNorm2d that is known'),
+    'nothing': (set_on('', 'act', None), 'act is a NoneType, not the SiLU that is known'),
+    'hook': (lambda m: m.se[1].register_forward_hook(lambda *_: None), r'hooks watch se\.1'),
+    'pre hook': (lambda m: m.se.register_forward_pre_hook(lambda *_: None), 'hooks watch se'),
+    'backward hook': (lambda m: m.bn.register_full_backward_hook(lambda *_: None), 'hooks watch bn'),
+    'backward pre hook': (lambda m: m.bn.register_full_backward_pre_hook(lambda *_: None), 'hooks watch bn'),
+    'forward': (lambda m: setattr(m.act, 'forward', m.act.forward), 'hooks watch act, or its forward is another one'),
+    'padding mode': (set_on('conv1x1.0', 'padding_mode', 'circular'), r'conv1x1\.0 does not pad by a number of zeros'),
+    'padding': (set_on('conv1x1.0', 'padding', 'same'), r'conv1x1\.0 does not pad by a number of zeros'),
+    'dtype': (lambda m: m.se.double(), r'a parameter of se\.0 is not a plain torch\.float32 tensor'),
+    'device': (lambda m: m.bn.to('meta'), r'a parameter of bn is not a plain'),
+    'pruned': (lambda m: prune.random_unstructured(m.se[3], 'weight', 0.5), r'hooks watch se\.3'),
+    'computed': (lambda m: computed(m.conv1x1[0]), r'the weight of conv1x1\.0 is computed whenever it is read'),
+    'kernel size': (replaced('embed.3', nn.Conv2d(16, 36, 3, padding=1)), r'is not a 1x1 convolution with the groups'),
+    'groups': (replaced('conv1x1.0', nn.Conv2d(32, 32, 1, groups=2, bias=False)), 'is not a 1x1 convolution with'),
+    'stride': (replaced('conv1x1.0', nn.Conv2d(32, 32, 1, 2, bias=False)), 'is not a 1x1 convolution with'),
+    'bias': (replaced('embed.0', nn.Conv2d(64, 16, 1)), r'embed\.0 has a bias'),
+    'frozen norm': (lambda m: m.bn.eval(), 'does not use and average the statistics of the batch'),
+    'evaluation': (lambda m: m.eval(), 'does not use and average the statistics of the batch'),
+    'affine': (replaced('bn', nn.BatchNorm2d(32, affine=False)), 'or has no weight'),
+    'no statistics': (replaced('bn', nn.BatchNorm2d(32, track_running_stats=False)), 'does not use and average'),
+    'momentum': (replaced('se.1', nn.BatchNorm2d(32, momentum=None)), 'does not use and average'),
+    'statistic': (lambda m: m.bn._buffers.update(running_mean=m.bn.running_mean.double()), 'a weight or running stat'),
+    'strides': (lambda m: m.bn._buffers.update(running_var=torch.ones(64)[::2]), 'is not a plain contiguous float32'),
+    'filters': (replaced('embed.4', nn.GroupNorm(2, 36)), 'the filters or their norm have other sizes'),
+    'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, groups=2)), 'se is not made of two 1x1 convolutions'),
+    'mixing bias': (replaced('se.3', nn.Conv2d(32, 64, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
+}
+
+
+def computed(conv):
+    """A convolution whose weight is an attribute, as some adapters leave it."""
+    weight = conv._parameters.pop('weight')
+    conv.weight = weight.detach()
+
+
+@pytest.mark.parametrize('what', TRAINING)
+def test_reasons_in_training(what):
+    change, expected = TRAINING[what]
+    layer = create('CotLayer').train()
+    x = channels_last(3, 32, 6, 7)
+    with plain_wing():
+        assert reason(layer, x, TRAIN) is None
+        change(layer)
+        found = reason(layer, x, TRAIN)
+    assert re.search(expected, found), found
+
+
+def test_reasons_of_sizes_in_training(monkeypatch):
+    with plain_wing() as wing:
+        layer = CotLayer(32).train()
+        assert reason(layer, channels_last(1, 32, 1, 1), TRAIN) == 'one value has no variance'
+        assert reason(CotLayer(32, 9).train(), channels_last(3, 32, 6, 7), TRAIN) == 'kernel_size is 9, more than 7'
+        wing.why_not = lambda dtype: 'no compiler'
+        assert reason(layer, channels_last(3, 32, 6, 7), TRAIN) == 'no compiler'
+    with plain_wing():
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 13)
+        assert reason(layer, channels_last(3, 32, 6, 7), TRAIN) == '13 threads share 3 images'
+        assert reason(layer, channels_last(4, 32, 6, 7), TRAIN) is None
+
+
+FOLDED_LAYER = {
+    'activation': (replaced('embed.0', nn.GELU()), r'embed\.0 is a GELU, not the ReLU that is known'),
+    'subclass': (replaced('key', type('Linear', (nn.Conv2d,), {})(32, 16, 1)), 'key is a Linear, not the Conv2d'),
+    'hook': (lambda m: m.value[0].register_forward_hook(lambda *_: None), r'hooks watch value\.0'),
+    'dtype': (lambda m: m.se.double(), r'a parameter of se\.0 is not a plain torch\.float32 tensor'),
+    'query': (replaced('query', nn.Conv2d(32, 16, 3, padding=1)), 'query, key, embed.1 or value.0 is not a 1x1'),
+    'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
+    'group norm': (replaced('embed.2', nn.GroupNorm(2, 36)), 'the filters or their norm have other sizes'),
+    'scale': (lambda m: setattr(m, 'scale', nn.Parameter(torch.ones(32))), 'more than a shift is left of the norm'),
+    'shift': (lambda m: setattr(m, 'shift', nn.Parameter(torch.zeros(32).double())), 'more than a shift is left'),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('what', FOLDED_LAYER)
+def test_reasons_of_folded_layers(what):
+    change, expected = FOLDED_LAYER[what]
+    layer = folded_modules()[FOLDED]
+    x = channels_last(3, 32, 6, 7)
+    with plain_wing():
+        assert reason(layer, x, FOLDED) is None
+        change(layer)
+        found = reason(layer, x, FOLDED)
+        assert re.search(expected, found), found
+    with plain_wing() as wing:
+        layer = folded_modules()[FOLDED]
+        wing.why_not = lambda dtype: 'no compiler'
+        assert reason(layer, x, FOLDED) == 'no compiler'
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert 'oneDNN' in reason(layer, x, FOLDED)
+            assert 'oneDNN' in reason(folded_modules()[BLOCK], channels_last(3, 16, 6, 7), BLOCK)
+    with plain_wing():
+        folded = fold(CotLayer(32, 9).eval())
+        assert reason(folded, x, FOLDED) == 'kernel_size is 9, more than 7'
+
+
+@torch.no_grad()
+def test_reasons_of_folded_blocks():
+    x = channels_last(3, 16, 6, 7)
+    for change, expected in (
+            (replaced('act3', nn.GELU()), 'act3 is a GELU, not the ReLU that is known'),
+            (replaced('act1', nn.Sequential()), 'act1 is '),
+            (lambda m: m.conv1.register_forward_hook(lambda *_: None), 'hooks watch conv1'),
+            (set_on('conv3', 'padding_mode', 'reflect'), 'conv3 does not pad by a number of zeros')):
+        block = folded_modules()[BLOCK]
+        with plain_wing():
+            assert reason(block, x, BLOCK) is None
+            change(block)
+            assert expected in reason(block, x, BLOCK)
+
+
+def test_reasons_of_article_modules():
+    name, x = 'averaged filters', image(2, 32)
+    module = create('CoTAttention')
+    assert reason(module, x, name) is None
+    for change, expected in (
+            (replaced('attention_embed.2', nn.GELU()), 'attention_embed.2 is a GELU, not the ReLU that is known'),
+            (lambda m: m.attention_embed[3].register_forward_hook(lambda *_: None), 'hooks watch attention_embed.3'),
+            (replaced('value_embed', nn.Identity()), 'value_embed is a Identity, not the Sequential that is known'),
+            (replaced('attention_embed.0', nn.Conv2d(64, 16, 3, padding=1)), 'of attention_embed is not 1x1'),
+            (lambda m: computed(m.attention_embed[3]), 'the weight of attention_embed.3 is computed')):
+        changed = copy.deepcopy(module)
+        change(changed)
+        assert expected in reason(changed, x, name)
+
+
+def test_reason_without_the_folder(monkeypatch):
+    monkeypatch.setattr(dispatch, 'cpu', None)
+    x = channels_last(3, 32, 6, 7)
+    assert reason(CotLayer(32), x, TRAIN) == 'the package has no folder ops/cpu'
+    with torch.no_grad():
+        assert reason(folded_modules()[FOLDED], x, FOLDED) == 'the package has no folder ops/cpu'
+    with recorded() as choices:
+        local_conv(x, channels_last(3, 9, 6, 7).view(3, 1, 9, 6, 7))
+    assert choices == [
+        Choice(None, 'local convolution by shifted slices', (('C kernel', 'the package has no folder ops/cpu'),))]
+
+
+def test_reasons_of_local_convolution():
+    def choice(x, weight, kernel_size=3):
+        with recorded() as choices:
+            choose_local_conv(x, weight, kernel_size)
+        return choices[0].implementation.removeprefix('local convolution by '), dict(choices[0].why_not)
+    x, weight = channels_last(2, 8, 4, 5), channels_last(2, 9, 4, 5).view(2, 1, 9, 4, 5)
+    wide = channels_last(2, 81, 4, 5).view(2, 1, 81, 4, 5)
+    with plain_wing():
+        assert choice(x, weight) == ('C kernel', {})
+        for args, expected in (
+                ((x, wide, 9), 'kernel_size is 9, more than 7'),
+                ((x.contiguous(), weight), 'x or its filters are not channels-last'),
+                ((x, weight.contiguous()), 'x or its filters are not channels-last'),
+                ((x.double(), weight.double()), 'there is no kernel for torch.float64')):
+            assert choice(*args) == ('shifted slices', {'C kernel': expected})
+        with torch.autograd.forward_ad.dual_level():
+            assert choice(x, weight) == ('shifted slices', {'C kernel': 'the kernels have no forward-mode derivative'})
+        with FlopCounterMode(display=False):
+            assert choice(x, weight) == ('plain PyTorch', {})
+        name, reasons = choice(x.to('meta'), weight.to('meta'))
+        assert name == 'plain PyTorch' and 'Triton' in reasons['Triton kernel']
+
+
+# What runs
+
+
+@pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
+def test_installed_kernels_are_taken():
+    for name in ('CotLayer', 'CoxtLayer'):
+        layer = create(name).train()
+        x = channels_last(4, 32, 6, 7)
+        assert implementations(layer, x.requires_grad_())[0] == [TRAIN]
+        assert implementations(layer, x.detach())[0] == [TRAIN]  # for the gradients of its parameters
+        assert implementations(layer, x.contiguous())[0] == [OWN]
+        assert implementations(layer.eval(), x)[0] == [OWN]
+        folded = fold(layer)
+        for dtype in (torch.float32, torch.bfloat16):
+            if dispatch.onednn.why_not_packed(dtype) is None and dispatch.cpu.why_not(dtype) is None:
+                with torch.no_grad():
+                    assert implementations(folded.to(dtype), x.to(dtype))[0] == [FOLDED]
+                assert implementations(folded, x.to(dtype))[0] == [OWN]
+
+
+@pytest.mark.parametrize('name', MODULES)
+@pytest.mark.parametrize('plain', [False, True])
+def test_float64_runs_in_its_own_modules(name, plain):
+    for memory_format in FORMATS:
+        x = image(3, MODULES[name][1], memory_format=memory_format, dtype=torch.float64)
+        module = create(name).double()
+        with plain_wing(plain) as wing, torch.no_grad():
+            for part in (module, fold(module)):
+                used, _ = implementations(part, x)
+                assert set(used) <= {OWN, 'averaged filters'}
+        assert not plain or not wing.called
+
+
+# Captured graphs
+
+
+def captured(how, module, x):
+    """The module as a graph, its text, and what runs it."""
+    if how == 'script':
+        graph = torch.jit.script(copy.deepcopy(module))
+        return str(torch.jit.freeze(graph.eval()).graph), graph
+    if how == 'trace':
+        graph = torch.jit.trace(module, x, check_trace=False)  # a check runs the module once more
+        return str(graph.inlined_graph), graph
+    if how == 'fx':
+        graph = torch.fx.symbolic_trace(module)
+        return graph.code, graph
+    if how == 'make_fx':
+        graph = make_fx(module)(x)
+        return graph.code, graph
+    if how == 'export':
+        program = torch.export.export(module, (x,))
+        return str(program), program.module()
+    return '', torch.compile(module, fullgraph=True, backend='aot_eager')
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('how', ['script', 'trace', 'fx', 'make_fx', 'export', 'compile'])
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('name', MODULES)
+def test_captured(name, folded, how):
+    """Equal, also on another image, and of plain operators that need nothing of this package later."""
+    torch._dynamo.reset()
+    module = create(name).eval()
+    expected_module = copy.deepcopy(module).double()
+    if folded:
+        module = fold(module)
+    x, other = image(3, MODULES[name][1]), image(3, MODULES[name][1], memory_format=torch.channels_last, seed=5)
+    with torch.no_grad():
+        text, graph = captured(how, module, x)
+        assert 'timm_cotnet::' not in text and 'ops.timm_cotnet' not in text
+        assert bool(text) == (how != 'compile')
+        for picture in (x,) if how == 'make_fx' else (x, other):  # which keeps the strides of x
+            assert difference(graph(picture), expected_module(picture.double())) < 1e-5
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_compiled_training(name):
+    torch._dynamo.reset()
+    module = create(name).train()
+    results = []
+    for part, dtype in ((torch.compile(copy.deepcopy(module), fullgraph=True, backend='aot_eager'), torch.float32),
+                        (copy.deepcopy(module).double(), torch.float64)):
+        x = image(4, MODULES[name][1], memory_format=torch.channels_last, dtype=dtype).requires_grad_()
+        out = part(x)
+        out.square().sum().backward()
+        results.append((out, x.grad, *(b for b in part.buffers())))
+    assert all(difference(actual, expected) < 1e-4 for actual, expected in zip(*results))
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('how', ['trace', 'make_fx', 'export', 'script', 'fx'])
+def test_captured_with_kernels_at_hand(how):
+    """None of them is called while a graph is made."""
+    x = channels_last(3, 32, 6, 7)
+    for module in (create('CotLayer').train(), folded_modules()[FOLDED]):
+        training = module.training
+        with plain_wing() as wing, torch.set_grad_enabled(training):
+            captured(how, module, x)
+        assert not wing.called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer', 'CotBottleneck', 'SplitAttnBottleneck'])
+def test_compiled_with_kernels_at_hand(name):
+    """Folded modules become one graph, which is made anew when a hook is set."""
+    torch._dynamo.reset()
+    module = create(name).eval()
+    folded = fold(module)
+    x = channels_last(3, MODULES[name][1], 6, 7)
+    with plain_wing() as wing:
+        compiled = torch.compile(folded, fullgraph=True, backend='aot_eager')
+        assert difference(compiled(x), copy.deepcopy(module).double()(x.double())) < 1e-5
+        assert wing.called or name == 'SplitAttnBottleneck'
+        folded.get_submodule('act3' if 'Bottleneck' in name else 'key_embed').register_forward_hook(
+            lambda module, args, out: 1.5 * out)
+        assert difference(compiled(x), copy.deepcopy(folded).double()(x.double())) < 1e-5
+
+
+# What `explain` tells
+
+
+def test_explain_names_layers_and_reasons():
+    model = timm.create_model('test_cotnet').eval()
+    out = io.StringIO()
+    with plain_wing(), torch.no_grad():
+        assert explain(reparameterize_model(model), channels_last(2, 3, 64, 64), file=out) is None
+    lines = out.getvalue().splitlines()
+    width = len('layer1.0.conv2')
+    for stage in range(1, 5):
+        assert f'{f"layer{stage}.0":{width}}  {BLOCK}' in lines
+        assert f'layer{stage}.0.conv2  {FOLDED}' in lines
+    assert not [line for line in lines if ' not ' in line]
+
+    out = io.StringIO()
+    with plain_wing(), torch.no_grad():
+        explain(model, channels_last(2, 3, 64, 64), file=out)
+    lines = out.getvalue().splitlines()
+    assert len([line for line in lines if line.endswith(f'conv2  {OWN}')]) == 4
+    assert f'{"":{width}}    not {TRAIN}: no gradient is wanted (torch.no_grad)' in lines
+    assert f'{"":{width}}  local convolution by C kernel' in lines
+
+
+def test_explain_without_the_folder(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, 'cpu', None)
+    explain(CotLayer(16), channels_last(2, 16, 4, 5))
+    assert capsys.readouterr().out.splitlines() == [
+        f'CotLayer  {OWN}',
+        f'{"":8}    not {TRAIN}: the package has no folder ops/cpu',
+        f'{"":8}  local convolution by shifted slices',
+        f'{"":8}    not C kernel: the package has no folder ops/cpu',
+    ]
+    explain(nn.ReLU(), torch.ones(1))
+    assert capsys.readouterr().out == 'no layer of timm_cotnet was called\n'
+    explain(CoTAttention(16), torch.ones(2, 16, 4, 5))
+    assert capsys.readouterr().out == 'CoTAttention  averaged filters\n'
+
+
+def run(*args, **kwargs):
+    env = {**os.environ, 'PYTHONPATH': str(PACKAGE.parent), **kwargs.pop('env', {})}
+    result = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_explain_command(capsys):
+    lines = run('-m', 'timm_cotnet.explain', 'test_cotnet', '--reparam', '--img-size', '64').splitlines()
+    assert len([line for line in lines if re.match(r'layer\d\.0\.conv2  ', line)]) == 4
+    assert len([line for line in lines if re.match(r'layer\d\.0 +\S', line)]) == 4
+    from timm_cotnet.explain import main
+    for args in (['test_cotnet', '--train'], ['test_cotnet', '--dtype', 'bfloat16', '--contiguous'],
+                 ['test_cotnet', '--reparam', '--amp']):
+        assert main(args) == 0
+        assert len(re.findall(r'^layer\d\.0\.conv2  ', capsys.readouterr().out, re.MULTILINE)) == 4
+    for args, message in ((['resnet1000'], "timm knows no model 'resnet1000'"),
+                          (['test_cotnet', '--reparam', '--train'], '--reparam is for evaluation')):
+        with pytest.raises(SystemExit):
+            main(args)
+        assert message in capsys.readouterr().err
+
+
+# The package by itself
+
+
+WITHOUT_FOLDER = '''
+import torch
+from golden import filled, golden_input, load
+import timm_cotnet
+from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
+from timm_cotnet.ops import dispatch
+from timm.utils import reparameterize_model
+assert dispatch.cpu is None and timm_cotnet.__file__.startswith({folder!r}), timm_cotnet.__file__
+data = load('layers')
+for tag, layer in (
+        ('cot_dim64_k3', CotLayer(64)), ('coxt_dim96_k3', CoxtLayer(96)), ('seed_dim64_k3', CoTAttention(64))):
+    x = golden_input(tuple(data[tag + '_eval'].shape), 'layer' + tag)
+    layer = filled(layer).eval()
+    folded = reparameterize_model(torch.nn.Sequential(layer))
+    for part in (layer, folded):
+        assert (part(x) - data[tag + '_eval']).abs().max() < 1e-9
+        x32 = x.float().contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            assert (part.float()(x32) - data[tag + '_eval']).abs().max() < 1e-5
+    layer = layer.train()
+    x32.requires_grad_()
+    out = layer(x32)
+    assert (out - data[tag + '_train']).abs().max() < 1e-4
+    out.square().mean().backward()
+    assert (x32.grad - data[tag + '_input_grad']).abs().max() < 1e-4
+print('good')
+'''
+
+
+def test_package_without_its_folder_of_kernels(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / 'timm_cotnet', ignore=shutil.ignore_patterns('cpu', '__pycache__'))
+    assert not (tmp_path / 'timm_cotnet' / 'ops' / 'cpu').exists()
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    code = WITHOUT_FOLDER.format(folder=str(tmp_path))
+    assert run('-c', code, env={'PYTHONPATH': paths}, cwd=tmp_path) == 'good\n'
+
+
+AGAIN = '''
+import sys, warnings
+import timm, torch
+import timm_cotnet
+first = timm_cotnet.CotLayer
+for name in [name for name in sys.modules if name.partition('.')[0] == 'timm_cotnet']:
+    del sys.modules[name]
+import timm_cotnet
+assert timm_cotnet.CotLayer is not first
+model = timm.create_model('test_cotnet').eval()
+assert type(model.layer1[0].conv2) is timm_cotnet.CotLayer
+x = torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+with torch.no_grad():
+    folded = timm.utils.reparameterize_model(model)
+    assert (folded(x) - model(x)).abs().max() < 1e-4
+model.train()(x.repeat(2, 1, 1, 1)).sum().backward()
+old = first(16)
+assert old(torch.randn(2, 16, 4, 5)).shape == (2, 16, 4, 5)
+print('good')
+'''
+
+
+def test_imported_again():
+    assert run('-c', AGAIN) == 'good\n'

@@ -1,0 +1,230 @@
+"""All of a CoT layer behind its convolutions in C: folded for inference, and in training, channels-last.
+
+In training the norms of values and filters, the local convolution, its norm, SiLU, pooling and the mix of the contexts
+are one autograd function. It saves its three inputs (values and filters before their norms) and computes the rest again
+in the backward, where autograd would keep six tensors more.
+"""
+import ctypes
+from typing import List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import contexts as definition  # the module, as it may be on its way to import this one
+from ..watch import wants_plain
+from .build import call
+from .local_conv import Shape
+from .memory import empty_like
+
+
+class _Folded(ctypes.Structure):
+    """`Parameters` of contexts_folded.c."""
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            'filter_weight', 'filter_bias', 'shift', 'weight1', 'bias1', 'weight2', 'bias2')),
+        ('eps', ctypes.c_double), ('hidden', ctypes.c_long)]
+
+
+class _Norm(ctypes.Structure):
+    """`Norm` of contexts_training.c."""
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            'weight', 'bias', 'scale', 'shift', 'x_scale', 'x_shift', 'running_mean', 'running_var', 'grad_weight',
+            'grad_bias')),
+        ('eps', ctypes.c_double), ('momentum', ctypes.c_double)]
+
+    def __init__(self, eps: float, momentum: float = 0., table: Sequence[Tensor] = (), **tensors: Tensor):
+        """table holds scale, shift, x_scale and x_shift."""
+        tensors.update(zip(('scale', 'shift', 'x_scale', 'x_shift'), table))
+        super().__init__(eps=eps, momentum=momentum, **{name: t.data_ptr() for name, t in tensors.items()})
+
+
+class _Contexts(ctypes.Structure):
+    """`Contexts` of contexts_training.c."""
+    _fields_ = [
+        ('shape', Shape), *((name, _Norm) for name in ('value_norm', 'filter_norm', 'norm')),
+        *((name, ctypes.c_void_p) for name in (
+            'value', 'logits', 'key', 'out', 'pooled', 'attn', 'grad', 'pool_grad', 'act_sums', 'grad_attn', 'grad_key',
+            'grad_value', 'grad_logits'))]
+
+    def __init__(self, shape: Shape, norms: Sequence[_Norm], **tensors: Tensor):
+        super().__init__(shape, *norms)
+        self.set(**tensors)
+
+    def set(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.data_ptr())
+
+    def call(self, kernel: str) -> None:
+        call(kernel, torch.float32, ctypes.byref(self))
+
+
+def contexts_folded(
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        parameters: Sequence[Tensor],
+        kernel_size: int,
+        dilation: int,
+        groups: int,
+        filter_eps: float,
+) -> Tensor:
+    """Group norm of the filters, local convolution, shift, SiLU, pooling and the mix of the contexts: (B, C, H, W).
+
+    All tensors are of one dtype, float32 or bfloat16, and none is empty; the result is channels-last.
+
+    Args:
+        value: Values with all norms folded in, (B, C, H, W).
+        logits: Filters before their norm, (B, G * k * k, H, W).
+        static: Static context, (B, C, H, W).
+        parameters: Weight and bias of the group norm, (G * k * k) each; what is added to the local convolution, (C);
+            weight and bias of the first convolution of the mix, (A, C, 1, 1) and (A); those of its second, (2 * C, A,
+            1, 1) and (2 * C), the logits of the dynamic and of the static context in turn.
+        kernel_size: k, odd, at most `MAX_KERNEL_SIZE` of local_conv.py.
+        dilation: Distance between the taps of a filter, in pixels.
+        groups: Number of slices of the channels, each of which has its own slice of the filters.
+        filter_eps: Of the group norm, whose groups are the filters.
+    """
+    parameters = [p.contiguous() for p in parameters]
+    value, logits, static = (t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static))
+    taps = kernel_size ** 2
+    filters = logits.shape[1] // taps
+    out = empty_like(value)
+    call(
+        'contexts_folded', value.dtype,
+        ctypes.byref(_shape(value, filters, groups, kernel_size, dilation)),
+        ctypes.byref(_Folded(*(p.data_ptr() for p in parameters), filter_eps, parameters[3].shape[0])),
+        value, logits, static, out)
+    return out
+
+
+_LIBRARY = torch._library.custom_ops.get_library_allowing_overwrite('timm_cotnet', 'contexts_folded')
+_LIBRARY.define(
+    'contexts_folded(Tensor value, Tensor logits, Tensor static, Tensor[] parameters, int kernel_size, int dilation, '
+    'int groups, float filter_eps) -> Tensor')
+_LIBRARY.impl('contexts_folded', contexts_folded, 'CPU')
+
+
+@torch.library.register_fake('timm_cotnet::contexts_folded', lib=_LIBRARY)
+def _(value, *args):
+    return torch.empty_like(value, memory_format=torch.channels_last)
+
+
+def train_contexts(layer: nn.Module, value: Tensor, logits: Tensor, static: Tensor) -> Tensor:
+    """Output of a `CotLayer` in training from the results of its convolutions, all float32 and channels-last.
+
+    Args:
+        layer: The layer, whose norms are batch norms and a group norm with parameters, whose activation is SiLU, and
+            whose `se` is called; the running statistics of its norms are updated.
+        value: Values before their norm, (B, C, H, W), more than one of each channel.
+        logits: Filters before their norm, (B, G * k * k, H, W).
+        static: Static context, (B, C, H, W).
+    """
+    se = layer.se
+    modules = (layer.conv1x1[1], layer.embed[4], layer.bn, se[0], se[1], se[3])
+    return TrainContexts.apply(value, logits, static, layer, *(p for m in modules for p in (m.weight, m.bias)))
+
+
+class TrainContexts(torch.autograd.Function):
+    """`apply(value, logits, static, layer, *parameters)`, see `train_contexts`; parameters of `ContextsParameters`."""
+
+    @staticmethod
+    def forward(ctx, value, logits, static, layer, *parameters):
+        value_bn, group_norm, bn = layer.conv1x1[1], layer.embed[4], layer.bn
+        ctx.settings = definition.ContextsSettings(
+            layer.kernel_size, layer.dilation, layer.groups, group_norm.num_groups,
+            value_bn.eps, group_norm.eps, bn.eps, layer.se[1].eps)
+        ctx.strides = [p.stride() for p in parameters[6:]]
+        B, C = value.shape[:2]
+        tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
+        out, pooled = empty_like(value), value.new_empty(B, C, 1, 1)
+        norms = [
+            _Norm(value_bn.eps, value_bn.momentum, tables[0], weight=value_bn.weight, bias=value_bn.bias,
+                  running_mean=value_bn.running_mean, running_var=value_bn.running_var),
+            _Norm(group_norm.eps, 0., tables[1], weight=group_norm.weight, bias=group_norm.bias),
+            _Norm(bn.eps, bn.momentum, tables[2], weight=bn.weight, bias=bn.bias,
+                  running_mean=bn.running_mean, running_var=bn.running_var)]
+        native = _Contexts(
+            _training_shape(value, ctx.settings), norms, value=value, logits=logits, key=static, out=out, pooled=pooled)
+        native.call('contexts_forward')
+        for norm in (value_bn, bn):
+            norm.num_batches_tracked.add_(1)
+        attn = _static_weight(layer.se(pooled))
+        native.set(attn=attn)
+        native.call('contexts_mix')
+        ctx.save_for_backward(value, logits, static, pooled, attn, *tables, *parameters)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved, settings = ctx.saved_tensors, ctx.settings
+        if wants_plain(grad):
+            return TrainContexts._differentiable_gradients(ctx, grad, *saved[:3], *saved[8:])
+        # hooks may have changed what was saved
+        value, logits, static, grad = (
+            t.float().contiguous(memory_format=torch.channels_last) for t in (*saved[:3], grad))
+        pooled, attn, *rest = (t.float().contiguous() for t in saved[3:])
+        tables, parameters = rest[:3], rest[3:]
+        out, grad_attn = empty_like(value), torch.empty_like(attn)
+        act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
+        grad_static, grad_value, grad_logits = (empty_like(t) for t in (static, value, logits))
+        norm_grads = [torch.empty_like(p) for p in parameters[:6]]
+        norms = [
+            _Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],
+                  grad_weight=norm_grads[2 * i], grad_bias=norm_grads[2 * i + 1])
+            for i, eps in enumerate((settings.value_eps, settings.filter_eps, settings.eps))]
+        native = _Contexts(
+            _training_shape(value, settings), norms, value=value, logits=logits, key=static, out=out, attn=attn,
+            grad=grad, act_sums=act_sums, grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value,
+            grad_logits=grad_logits)
+        native.call('contexts_recompute')
+        grad_pooled, *se_grads = _se_gradients(pooled, parameters[6:], settings.se_eps, grad_attn)
+        pool_grad = grad_pooled / value[0, 0].numel()
+        native.set(pool_grad=pool_grad)
+        native.call('contexts_backward')
+        se_grads = map(_with_strides, se_grads, ctx.strides)
+        return grad_value, grad_logits, grad_static, None, *norm_grads, *se_grads
+
+    @staticmethod
+    def _differentiable_gradients(ctx, grad, *tensors):
+        with torch.enable_grad():
+            tensors = [t.view_as(t) for t in tensors]
+            out = definition.contexts(*tensors[:3], definition.ContextsParameters(*tensors[3:]), ctx.settings)
+            needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
+            wanted = [t for t, need in zip(tensors, needed) if need]
+            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        grads = [next(grads) if need else None for need in needed]
+        return *grads[:3], None, *grads[3:]
+
+
+def _shape(value: Tensor, filters: int, groups: int, kernel_size: int, dilation: int) -> Shape:
+    B, C, H, W = value.shape
+    return Shape(B, C, filters, groups, H, W, kernel_size, dilation)
+
+
+def _training_shape(value: Tensor, s: 'definition.ContextsSettings') -> Shape:
+    return _shape(value, s.num_filters, s.groups, s.kernel_size, s.dilation)
+
+
+def _static_weight(logits: Tensor) -> Tensor:
+    """Softmax over the (dynamic, static) logits of each channel: weight of the static context, (B, C, 1, 1)."""
+    B, C = logits.shape[0], logits.shape[1] // 2
+    logits = logits.view(B, C, 2)
+    return (logits[:, :, 1] - logits[:, :, 0]).sigmoid().view(B, C, 1, 1)
+
+
+def _se_gradients(pooled: Tensor, parameters: List[Tensor], eps: float, grad: Tensor):
+    """Gradients of the pooled contexts and of the parameters of what makes the weights of the mix."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (pooled, *parameters)]
+        pooled, weight1, bias1, weight, bias, weight2, bias2 = inputs
+        x = F.linear(pooled.flatten(1), weight1.flatten(1), bias1)  # takes less time than a convolution of one pixel
+        x = F.relu(F.batch_norm(x, None, None, weight, bias, True, 0., eps))
+        attn = _static_weight(F.linear(x, weight2.flatten(1), bias2))
+        return torch.autograd.grad(attn, inputs, grad)
+
+
+def _with_strides(x: Tensor, strides) -> Tensor:
+    """x in memory as a parameter is: distributed training compares the strides, those of single elements included."""
+    return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)

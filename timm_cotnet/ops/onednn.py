@@ -1,0 +1,212 @@
+"""Convolutions of folded models on oneDNN, with filters packed once and with what follows them in the same pass.
+
+Packed filters may never be older than the filters. A version counter does not tell (`p.data.mul_()` leaves it as it
+is), but PyTorch's copy-on-write does: what is kept holds a lazy clone of the filters, which shares their memory until
+somebody writes to either, in whatever way PyTorch offers. Then the filters move to memory of their own, and their
+address differs from that of the clone. Filters whose memory others look at (a NumPy view, another tensor) or that is
+not PyTorch's own are not packed. A NaN may end in oneDNN's ReLU, which makes it zero.
+"""
+import os
+import threading
+import weakref
+from typing import Any, Callable, Dict, Hashable, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .watch import are_watched
+
+POST_OPS = {'none': lambda x: x, 'relu': F.relu, 'swish': F.silu}  # by oneDNN's names
+
+
+class _Kept(NamedTuple):
+    storage: weakref.ref  # of the filters, as a weak reference to a parameter would keep it from being swapped
+    made: Dict[Hashable, Tuple[Tensor, Any]]  # what was made, and the clone of what it was made of
+
+
+_KEPT: Dict[int, _Kept] = {}  # by the address of the storage
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:  # another thread may have held it when the process forked
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def kept(weight: Tensor, make: Callable, *args: Hashable, hint: Any = None) -> Optional[Any]:
+    """`make(weight, *args)`, made anew only after weight was written to; None if that could not be told.
+
+    Args:
+        weight: Parameter, of any shape.
+        make: Function of a tensor like it; with a hint, `make(weight, *args, hint)`.
+        *args: Its further arguments, by which results are told apart.
+        hint: What may help and changes no result, such as the size of the first input.
+    """
+    storage = weight.untyped_storage()
+    key = storage._cdata
+    found = _KEPT.get(key)
+    if found is not None and found.storage() is storage:
+        entry = found.made.get((make, args))
+        if entry is not None and _is_same(weight, entry[0]):
+            return entry[1]
+    with _lock:
+        if torch._C._storage_Use_Count(key) > 2:  # the parameter, and what asks
+            return None
+        try:
+            clone = torch._lazy_clone(weight.detach())
+        except RuntimeError:  # memory that is not PyTorch's own
+            return None
+        made = make(clone.clone(), *args) if hint is None else make(clone.clone(), *args, hint)
+        if found is None or found.storage() is not storage:
+            found = _KEPT[key] = _Kept(weakref.ref(storage, lambda _: _KEPT.pop(key, None)), {})
+        found.made[make, args] = clone, made
+    return made
+
+
+def _is_same(weight: Tensor, clone: Tensor) -> bool:
+    return (
+        torch._C._data_address(weight) == torch._C._data_address(clone)
+        and weight.dtype == clone.dtype
+        and weight.shape == clone.shape
+        and weight.stride() == clone.stride()
+    )
+
+
+@torch.compiler.assume_constant_result
+def why_not_packed(dtype: torch.dtype) -> Optional[str]:
+    """The reason why `conv2d_act` cannot take tensors of a dtype; None if it can."""
+    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
+        return 'PyTorch has no oneDNN, or it is turned off'
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 'oneDNN has no bfloat16 on this processor'
+    return None
+
+
+def conv2d_act(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        addend: Optional[Tensor],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        dilation: Tuple[int, int],
+        groups: int,
+        act: str,
+        overwrite: bool = False,
+) -> Tensor:
+    """`act(conv(x) + addend)` without a gradient, where `why_not_packed` is None.
+
+    Args:
+        x: (B, in_channels, H, W), float32 or bfloat16.
+        weight: Filters, (out_channels, in_channels // groups, k, k).
+        bias: (out_channels), or None.
+        addend: What is added before the activation, of the result's shape, or None.
+        stride: Vertical and horizontal, like the next two.
+        padding: Zeros on each side.
+        dilation: Distance between the taps of a filter, in pixels.
+        groups: Groups of channels.
+        act: A key of `POST_OPS`; with an addend not 'swish'.
+        overwrite: Whether the result may take the memory of addend.
+
+    Returns:
+        (B, out_channels, H', W'), channels-last.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
+    pointwise = addend is None and groups == 1 and weight.shape[2:] == (1, 1) and geometry[:2] == ((0, 0), (1, 1))
+    packed = kept(weight, pack_linear, hint=x) if pointwise else kept(weight, pack, *geometry, hint=x)
+    if packed is None:
+        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        out = POST_OPS[act](out if addend is None else out + addend)
+        return out.contiguous(memory_format=torch.channels_last)
+    ops = torch.ops.mkldnn
+    if pointwise:  # less fixed cost for each call
+        return ops._linear_pointwise.default(x.permute(0, 2, 3, 1), packed, bias, act, [], '').permute(0, 3, 1, 2)
+    if addend is None:
+        return ops._convolution_pointwise.default(x, packed, bias, *geometry, act, [], '')
+    addend = addend.contiguous(memory_format=torch.channels_last)
+    behind = ('add', 1.0, None if act == 'none' else act, [], '')
+    if overwrite:
+        return ops._convolution_pointwise_.binary(addend, x, packed, bias, *geometry, *behind)
+    return ops._convolution_pointwise.binary(x, addend, packed, bias, *geometry, *behind)
+
+
+def pack_linear(weight: Tensor, x: Tensor) -> Tensor:
+    """Filters of a 1x1 convolution in oneDNN's order for matrix products, chosen for an x like the first one."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
+
+
+def pack(weight: Tensor, padding: Tuple, stride: Tuple, dilation: Tuple, groups: int, x: Tensor) -> Tensor:
+    """Filters in oneDNN's order for convolutions, chosen for an x like the first one; other sizes take it as well."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
+
+
+_LIBRARY = torch._library.custom_ops.get_library_allowing_overwrite('timm_cotnet', 'conv2d_act')
+_LIBRARY.define(
+    'conv2d_act(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt[] stride, SymInt[] padding, '
+    'SymInt[] dilation, SymInt groups, str act) -> Tensor')
+_LIBRARY.impl('conv2d_act', conv2d_act, 'CPU')
+
+
+@torch.library.register_fake('timm_cotnet::conv2d_act', lib=_LIBRARY)
+def _(x, weight, bias, addend, stride, padding, dilation, groups, act):
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return torch.empty_like(out, memory_format=torch.channels_last)
+
+
+def run_conv2d(
+        conv: nn.Conv2d,
+        x: Tensor,
+        act: str = 'none',
+        addend: Optional[Tensor] = None,
+        overwrite: bool = False,
+) -> Tensor:
+    """`conv2d_act` of a module; what is compiled calls it as an operator of the graph."""
+    weight, bias = conv._parameters['weight'], conv._parameters['bias']
+    args = (weight, bias, addend, conv.stride, conv.padding, conv.dilation, conv.groups, act)
+    if torch.compiler.is_compiling():
+        return torch.ops.timm_cotnet.conv2d_act(x, *args)
+    return conv2d_act(x, *args, overwrite)
+
+
+def folded_stage(stage: nn.Module, x: Tensor) -> Tensor:
+    """Stands in for a `FoldedStage` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
+
+    Each block but the first writes its result over its input, which nobody else has: fresh memory takes longer than the
+    sum.
+    """
+    for i, block in enumerate(stage._modules.values()):
+        x = folded_bottleneck(block, x, overwrite=i > 0)
+    return x
+
+
+def folded_bottleneck(block: nn.Module, x: Tensor, overwrite: bool = False) -> Tensor:
+    """Stands in for a `FoldedBottleneck` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
+
+    With overwrite, the result may take the memory of x.
+    """
+    parts = block._modules
+    out = run_conv2d(parts['conv1'], x, 'relu')
+    out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
+    downsample = block.downsample
+    if downsample is not None:
+        overwrite = type(downsample) is nn.Sequential and is_packable(downsample[-1], x.dtype) \
+            and not are_watched([downsample])
+        if overwrite:  # of what this convolution makes
+            *pools, conv = downsample
+            for pool in pools:
+                x = pool(x)
+            x = run_conv2d(conv, x)
+        else:
+            x = downsample(x)
+    return run_conv2d(parts['conv3'], out, 'relu', addend=x, overwrite=overwrite)
+
+
+def is_packable(conv: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether conv is a convolution that `run_conv2d` takes."""
+    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and type(conv.padding) is tuple \
+        and type(conv._parameters.get('weight')) is nn.Parameter and conv.weight.dtype == dtype
