@@ -28,13 +28,15 @@ def test_table_of_models_is_true():
 
 
 def test_python_runs():
-    blocks = re.findall(r'```python\n(.*?)```', TEXT, flags=re.S)
-    names = {}
-    for block in blocks:
+    """Each block alone, as a reader pastes it."""
+    found = {}
+    for block in re.findall(r'```python\n(.*?)```', TEXT, flags=re.S):
+        names = {}
         exec(block, names)
-    assert names['probabilities'].shape == (1, 10)
-    assert [tuple(f.shape) for f in names['features']] == [(2, 512, 28, 28), (2, 1024, 14, 14), (2, 2048, 7, 7)]
-    assert names['static'].shape == names['dynamic'].shape == names['out'].shape == (2, 64, 56, 56)
+        found.update(names)
+    assert found['probabilities'].shape == (1, 10)
+    assert [tuple(f.shape) for f in found['features']] == [(2, 512, 28, 28), (2, 1024, 14, 14), (2, 2048, 7, 7)]
+    assert found['static'].shape == found['dynamic'].shape == found['out'].shape == (2, 64, 56, 56)
 
 
 def test_files_exist():
