@@ -16,7 +16,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer
-from timm_cotnet.deploy import FoldedBottleneck, FoldedCotAttention, FoldedCotLayer, why_not_folded
+from timm_cotnet.deploy import FoldedBottleneck, FoldedCotAttention, FoldedCotLayer, FoldedStage, why_not_folded
 from timm_cotnet.ops import dispatch
 
 from helpers import FORMATS, MODULES, create, difference, has_kernels, image, implementations, norms, plain_wing, shaken
@@ -271,7 +271,27 @@ def test_networks_are_freed():
     del model
     gc.collect()
     assert ref() is None
-    assert stage.fuse() is stage  # without a network there is no stem
+    assert type(stage.fuse()) is FoldedStage  # without a network there is no stem
+
+
+@torch.no_grad()
+def test_stage_writes_over_nothing_that_others_have():
+    stage = reparameterize_model(filled(timm.create_model('cotnet50', layers=(3, 1, 1, 1))).eval()).layer1.float()
+    x = image(2, 64, memory_format=torch.channels_last)
+    before, expected = x.clone(), copy.deepcopy(stage).double()(x.double())
+    used, out = implementations(stage, x)
+    assert used[0] == 'packed convolutions, in place' or dispatch.onednn.why_not_packed(torch.float32) is not None
+    assert torch.equal(x, before) and difference(out, expected) < 1e-5
+    seen = []
+    hook = stage[1].register_forward_hook(lambda module, args, out: seen.append((args[0], args[0].clone(), out)))
+    used, again = implementations(stage, x)  # what a hook sees stays as it is
+    assert 'packed convolutions, in place' not in used and difference(again, expected) < 1e-5
+    assert torch.equal(seen[0][0], seen[0][1]) and torch.equal(seen[0][2], stage[1](seen[0][0]))
+    hook.remove()
+    stage[2].act3 = nn.GELU()
+    used, out = implementations(stage, x)
+    assert 'packed convolutions, in place' not in used
+    assert difference(out, copy.deepcopy(stage).double()(x.double())) < 1e-5
 
 
 def test_replaced_first_convolution():

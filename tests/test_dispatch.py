@@ -100,7 +100,8 @@ def test_recorded_lasts_as_long_as_its_block():
 def test_every_kind_in_the_table_is_known():
     assert {*dispatch._ON_CPU, *dispatch._ANYWHERE} <= set(dispatch._KINDS.values())
     assert set(dispatch._KINDS.values()) == {
-        'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention', 'folded_bottleneck'}
+        'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention', 'folded_bottleneck',
+        'folded_stage'}
 
 
 # Reasons
@@ -182,10 +183,10 @@ def set_on(path, name, value):
 
 TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'sequence': (lambda m: m.embed.append(nn.Identity()), '^embed is '),
-    'type': (replaced('key_embed.2', nn.GELU()), r'key_embed\.2 is a GELU, not the ReLU that is known'),
-    'subclass': (replaced('act', type('Swish', (nn.SiLU,), {})()), 'act is a Swish, not the SiLU that is known'),
-    'norm': (replaced('bn', nn.GroupNorm(1, 32)), 'bn is a GroupNorm, not the BatchNorm2d that is known'),
-    'nothing': (set_on('', 'act', None), 'act is a NoneType, not the SiLU that is known'),
+    'type': (replaced('key_embed.2', nn.GELU()), r'key_embed\.2 is a GELU, not a ReLU'),
+    'subclass': (replaced('act', type('Swish', (nn.SiLU,), {})()), 'act is a Swish, not a SiLU'),
+    'norm': (replaced('bn', nn.GroupNorm(1, 32)), 'bn is a GroupNorm, not a BatchNorm2d'),
+    'nothing': (set_on('', 'act', None), 'act is a NoneType, not a SiLU'),
     'hook': (lambda m: m.se[1].register_forward_hook(lambda *_: None), r'hooks watch se\.1'),
     'pre hook': (lambda m: m.se.register_forward_pre_hook(lambda *_: None), 'hooks watch se'),
     'backward hook': (lambda m: m.bn.register_full_backward_hook(lambda *_: None), 'hooks watch bn'),
@@ -208,7 +209,7 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'momentum': (replaced('se.1', nn.BatchNorm2d(32, momentum=None)), 'does not use and average'),
     'statistic': (lambda m: m.bn._buffers.update(running_mean=m.bn.running_mean.double()), 'a weight or running stat'),
     'strides': (lambda m: m.bn._buffers.update(running_var=torch.ones(64)[::2]), 'is not a plain contiguous float32'),
-    'filters': (replaced('embed.4', nn.GroupNorm(2, 36)), 'the filters or their norm have other sizes'),
+    'filters': (replaced('embed.4', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
     'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, groups=2)), 'se is not made of two 1x1 convolutions'),
     'mixing bias': (replaced('se.3', nn.Conv2d(32, 64, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
 }
@@ -246,13 +247,13 @@ def test_reasons_of_sizes_in_training(monkeypatch):
 
 
 FOLDED_LAYER = {
-    'activation': (replaced('embed.0', nn.GELU()), r'embed\.0 is a GELU, not the ReLU that is known'),
-    'subclass': (replaced('key', type('Linear', (nn.Conv2d,), {})(32, 16, 1)), 'key is a Linear, not the Conv2d'),
+    'activation': (replaced('embed.0', nn.GELU()), r'embed\.0 is a GELU, not a ReLU'),
+    'subclass': (replaced('key', type('Linear', (nn.Conv2d,), {})(32, 16, 1)), 'key is a Linear, not a Conv2d'),
     'hook': (lambda m: m.value[0].register_forward_hook(lambda *_: None), r'hooks watch value\.0'),
     'dtype': (lambda m: m.se.double(), r'a parameter of se\.0 is not a plain torch\.float32 tensor'),
     'query': (replaced('query', nn.Conv2d(32, 16, 3, padding=1)), 'query, key, embed.1 or value.0 is not a 1x1'),
     'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
-    'group norm': (replaced('embed.2', nn.GroupNorm(2, 36)), 'the filters or their norm have other sizes'),
+    'group norm': (replaced('embed.2', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
     'scale': (lambda m: setattr(m, 'scale', nn.Parameter(torch.ones(32))), 'more than a shift is left of the norm'),
     'shift': (lambda m: setattr(m, 'shift', nn.Parameter(torch.zeros(32).double())), 'more than a shift is left'),
 }
@@ -285,7 +286,7 @@ def test_reasons_of_folded_layers(what):
 def test_reasons_of_folded_blocks():
     x = channels_last(3, 16, 6, 7)
     for change, expected in (
-            (replaced('act3', nn.GELU()), 'act3 is a GELU, not the ReLU that is known'),
+            (replaced('act3', nn.GELU()), 'act3 is a GELU, not a ReLU'),
             (replaced('act1', nn.Sequential()), 'act1 is '),
             (lambda m: m.conv1.register_forward_hook(lambda *_: None), 'hooks watch conv1'),
             (set_on('conv3', 'padding_mode', 'reflect'), 'conv3 does not pad by a number of zeros')):
@@ -301,9 +302,9 @@ def test_reasons_of_article_modules():
     module = create('CoTAttention')
     assert reason(module, x, name) is None
     for change, expected in (
-            (replaced('attention_embed.2', nn.GELU()), 'attention_embed.2 is a GELU, not the ReLU that is known'),
+            (replaced('attention_embed.2', nn.GELU()), 'attention_embed.2 is a GELU, not a ReLU'),
             (lambda m: m.attention_embed[3].register_forward_hook(lambda *_: None), 'hooks watch attention_embed.3'),
-            (replaced('value_embed', nn.Identity()), 'value_embed is a Identity, not the Sequential that is known'),
+            (replaced('value_embed', nn.Identity()), 'value_embed is a Identity, not a Sequential'),
             (replaced('attention_embed.0', nn.Conv2d(64, 16, 3, padding=1)), 'of attention_embed is not 1x1'),
             (lambda m: computed(m.attention_embed[3]), 'the weight of attention_embed.3 is computed')):
         changed = copy.deepcopy(module)
@@ -476,7 +477,7 @@ def test_explain_names_layers_and_reasons():
     lines = out.getvalue().splitlines()
     width = len('layer1.0.conv2')
     for stage in range(1, 5):
-        assert f'{f"layer{stage}.0":{width}}  {BLOCK}' in lines
+        assert f'{f"layer{stage}":{width}}  packed convolutions, in place' in lines
         assert f'layer{stage}.0.conv2  {FOLDED}' in lines
     assert not [line for line in lines if ' not ' in line]
 
@@ -514,7 +515,7 @@ def run(*args, **kwargs):
 def test_explain_command(capsys):
     lines = run('-m', 'timm_cotnet.explain', 'test_cotnet', '--reparam', '--img-size', '64').splitlines()
     assert len([line for line in lines if re.match(r'layer\d\.0\.conv2  ', line)]) == 4
-    assert len([line for line in lines if re.match(r'layer\d\.0 +\S', line)]) == 4
+    assert len([line for line in lines if re.match(r'layer\d +\S', line)]) == 4
     from timm_cotnet.explain import main
     for args in (['test_cotnet', '--train'], ['test_cotnet', '--dtype', 'bfloat16', '--contiguous'],
                  ['test_cotnet', '--reparam', '--amp']):
