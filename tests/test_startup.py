@@ -4,6 +4,7 @@ Cases that need the real timm pay seconds for importing torch. The others run ag
 models: `timm.models.registered` is its registry, to which `timm_cotnet.cotnet` adds a name.
 """
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -159,7 +160,8 @@ def test_broken_models_leave_real_timm_working(installed_venv, tmp_path):
     code = "import timm; timm.create_model('resnet10t'); print(timm.list_models('*cotnet*'))"
     result = installed_venv.run('-W', 'error', '-c', code, env={'PYTHONPATH': str(path)})
     assert (result.returncode, result.stdout.strip()) == (0, '[]')
-    assert result.stderr.count(WARNING) == result.stderr.count('Warning: ') == 1
+    # PyTorch 2.6 leaves a temporary folder to the collector, which warns of it
+    assert result.stderr.count(WARNING) == len(re.findall('(?<!Resource)Warning: ', result.stderr)) == 1
 
 
 # Installing and uninstalling
