@@ -84,7 +84,6 @@ PARTS = [
          ('onednn.py',)),
     Part('packed convolutions in bottlenecks', _without_row('folded_bottleneck'), FOLDED, ('onednn.py',)),
     Part(CONTEXTS, _without_row('cot_layer'), TRAINING, ('cpu/contexts_training.c',), BINDINGS),
-    Part('huge pages', lambda: _replace(dispatch.cpu.memory, '_LIBC', None), (*FOLDED, *TRAINING), ('cpu/memory.py',)),
     Part('C local convolution', lambda: _replace(dispatch, '_why_not_native_local_conv', lambda *args: 'left out'),
          OWN_LOCAL_CONV, ('cpu/local_conv.c', 'cpu/local_conv.py'), ('cpu/build.py',)),
 ]

@@ -8,7 +8,6 @@ the C files they call:
 - `contexts.py`: all that lies behind a CoT layer's convolutions, folded (`contexts_folded.c`) and in training
   (`contexts_training.c`).
 - `stand_ins.py`: what is made of them for CoT layers and blocks.
-- `memory.py`: large tensors on huge pages.
 """
 from typing import Optional
 

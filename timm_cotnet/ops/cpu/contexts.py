@@ -15,7 +15,6 @@ from .. import contexts as definition  # the module, as it may be on its way to 
 from ..watch import wants_plain
 from .build import call
 from .local_conv import Shape
-from .memory import empty_like
 
 
 class _Folded(ctypes.Structure):
@@ -90,7 +89,7 @@ def contexts_folded(
     value, logits, static = (t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static))
     taps = kernel_size ** 2
     filters = logits.shape[1] // taps
-    out = empty_like(value)
+    out = torch.empty_like(value)
     call(
         'contexts_folded', value.dtype,
         ctypes.byref(_shape(value, filters, groups, kernel_size, dilation)),
@@ -138,7 +137,7 @@ class TrainContexts(torch.autograd.Function):
         ctx.strides = [p.stride() for p in parameters[6:]]
         B, C = value.shape[:2]
         tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
-        out, pooled = empty_like(value), value.new_empty(B, C, 1, 1)
+        out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
         norms = [
             _Norm(value_bn.eps, value_bn.momentum, tables[0], weight=value_bn.weight, bias=value_bn.bias,
                   running_mean=value_bn.running_mean, running_var=value_bn.running_var),
@@ -166,9 +165,9 @@ class TrainContexts(torch.autograd.Function):
             t.float().contiguous(memory_format=torch.channels_last) for t in (*saved[:3], grad))
         pooled, attn, *rest = (t.float().contiguous() for t in saved[3:])
         tables, parameters = rest[:3], rest[3:]
-        out, grad_attn = empty_like(value), torch.empty_like(attn)
+        out, grad_attn = torch.empty_like(value), torch.empty_like(attn)
         act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
-        grad_static, grad_value, grad_logits = (empty_like(t) for t in (static, value, logits))
+        grad_static, grad_value, grad_logits = (torch.empty_like(t) for t in (static, value, logits))
         norm_grads = [torch.empty_like(p) for p in parameters[:6]]
         norms = [
             _Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..shifted import LocalConvShifted
 from ..watch import wants_plain
 from .build import call
-from .memory import empty_like
 
 MAX_KERNEL_SIZE = 7  # MAX_TAPS in local_conv.h
 
@@ -28,7 +27,7 @@ def local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Te
         kernel_size: k, odd, at most `MAX_KERNEL_SIZE`.
         dilation: Distance between the taps of a filter, in pixels.
     """
-    out = empty_like(x)
+    out = torch.empty_like(x)
     call('local_conv', x.dtype, _shape(x, weight, kernel_size, dilation), x, weight, out)
     return out
 
@@ -44,7 +43,7 @@ def local_conv_backward(
         kernel_size: k, odd, at most `MAX_KERNEL_SIZE`.
         dilation: Distance between the taps of a filter, in pixels.
     """
-    grad_x, grad_weight = empty_like(x), empty_like(weight)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     call(
         'local_conv_backward', x.dtype, _shape(x, weight, kernel_size, dilation), grad, x, weight, grad_x, grad_weight)
     return grad_x, grad_weight
