@@ -80,6 +80,19 @@ def has_kernels():
     return dispatch.cpu is not None and dispatch.cpu.why_not(torch.float32) is None
 
 
+class Lora(nn.Module):
+    """A convolution and a low-rank change of it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, base.dilation)
+        self.up = nn.Conv2d(2, base.out_channels, 1)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
 class PlainWing:
     """Stands for `timm_cotnet.ops.cpu`: as kernels do, it calls no child, and assumes what the seam has checked.
 

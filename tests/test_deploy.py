@@ -19,7 +19,8 @@ from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer
 from timm_cotnet.deploy import FoldedBottleneck, FoldedCotAttention, FoldedCotLayer, FoldedStage, why_not_folded
 from timm_cotnet.ops import dispatch
 
-from helpers import FORMATS, MODULES, create, difference, has_kernels, image, implementations, norms, plain_wing, shaken
+from helpers import FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, norms, plain_wing
+from helpers import shaken
 
 FOLDED = {
     'CotLayer': FoldedCotLayer, 'CoxtLayer': FoldedCotLayer, 'CoTAttention': FoldedCotAttention,
@@ -472,19 +473,6 @@ class ScaledConv(nn.Conv2d):
 class ScaledIdentity(nn.Identity):
     def forward(self, x):
         return 1.5 * x
-
-
-class Lora(nn.Module):
-    """A convolution and a low-rank change of it."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, base.dilation)
-        self.up = nn.Conv2d(2, base.out_channels, 1)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
 
 
 class Quantized(nn.Module):

@@ -13,7 +13,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from helpers import FORMATS, MODULES, create, difference, has_kernels, image, implementations, plain_wing
+from helpers import FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, plain_wing
 
 CHILDREN = [  # those of CotBottleneck's layer are CotLayer's
     (name, path) for name in MODULES for path, _ in MODULES[name][0]().named_modules()
@@ -40,19 +40,6 @@ class Wrapped(nn.Module):
 
     def forward(self, x):
         return 0.75 * self.base(x)
-
-
-class Lora(nn.Module):
-    """A convolution and a low-rank change of it."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base
-        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, base.dilation)
-        self.up = nn.Conv2d(2, base.out_channels, 1)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
 
 
 def swap(module, path, child):
