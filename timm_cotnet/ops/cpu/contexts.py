@@ -25,8 +25,8 @@ class _Folded(ctypes.Structure):
         ('eps', ctypes.c_double), ('hidden', ctypes.c_long)]
 
 
-class _Norm(ctypes.Structure):
-    """`Norm` of contexts_training.c."""
+class Norm(ctypes.Structure):
+    """`Norm` of norms.h."""
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             'weight', 'bias', 'scale', 'shift', 'x_scale', 'x_shift', 'running_mean', 'running_var', 'grad_weight',
@@ -42,12 +42,12 @@ class _Norm(ctypes.Structure):
 class _Contexts(ctypes.Structure):
     """`Contexts` of contexts_training.c."""
     _fields_ = [
-        ('shape', Shape), *((name, _Norm) for name in ('value_norm', 'filter_norm', 'norm')),
+        ('shape', Shape), *((name, Norm) for name in ('value_norm', 'filter_norm', 'norm')),
         *((name, ctypes.c_void_p) for name in (
             'value', 'logits', 'key', 'out', 'pooled', 'attn', 'grad', 'pool_grad', 'act_sums', 'grad_attn', 'grad_key',
             'grad_value', 'grad_logits'))]
 
-    def __init__(self, shape: Shape, norms: Sequence[_Norm], **tensors: Tensor):
+    def __init__(self, shape: Shape, norms: Sequence[Norm], **tensors: Tensor):
         super().__init__(shape, *norms)
         self.set(**tensors)
 
@@ -139,10 +139,10 @@ class TrainContexts(torch.autograd.Function):
         tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
         out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
         norms = [
-            _Norm(value_bn.eps, value_bn.momentum, tables[0], weight=value_bn.weight, bias=value_bn.bias,
+            Norm(value_bn.eps, value_bn.momentum, tables[0], weight=value_bn.weight, bias=value_bn.bias,
                   running_mean=value_bn.running_mean, running_var=value_bn.running_var),
-            _Norm(group_norm.eps, 0., tables[1], weight=group_norm.weight, bias=group_norm.bias),
-            _Norm(bn.eps, bn.momentum, tables[2], weight=bn.weight, bias=bn.bias,
+            Norm(group_norm.eps, 0., tables[1], weight=group_norm.weight, bias=group_norm.bias),
+            Norm(bn.eps, bn.momentum, tables[2], weight=bn.weight, bias=bn.bias,
                   running_mean=bn.running_mean, running_var=bn.running_var)]
         native = _Contexts(
             _training_shape(value, ctx.settings), norms, value=value, logits=logits, key=static, out=out, pooled=pooled)
@@ -170,7 +170,7 @@ class TrainContexts(torch.autograd.Function):
         grad_static, grad_value, grad_logits = (torch.empty_like(t) for t in (static, value, logits))
         norm_grads = [torch.empty_like(p) for p in parameters[:6]]
         norms = [
-            _Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],
+            Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],
                   grad_weight=norm_grads[2 * i], grad_bias=norm_grads[2 * i + 1])
             for i, eps in enumerate((settings.value_eps, settings.filter_eps, settings.eps))]
         native = _Contexts(
