@@ -232,6 +232,7 @@ def test_small_stacks_of_threads():
     code = '''
 import torch
 from timm_cotnet import CotLayer
+from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
 from timm_cotnet.ops.cpu.contexts import contexts_folded, train_contexts
 from timm_cotnet.ops.cpu.local_conv import LocalConvNative
 torch.set_num_threads(3)
@@ -241,6 +242,7 @@ x, logits, static = image(C), image(G * k * k), image(C)
 LocalConvNative.apply(x, logits.view(4, G, k * k, 2, 3), k, 1).sum().backward()
 layer = CotLayer(C)
 train_contexts(layer, x, logits, static).sum().backward()
+train_batch_norm(x, layer.bn, True, static).sum().backward()
 norm, se = layer.embed[4], layer.se
 parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
 with torch.no_grad():
@@ -309,6 +311,7 @@ def test_several_python_threads():
 def test_missing_memory(monkeypatch, tmp_path):
     """Whichever allocation fails, the kernel says so, and works the next time."""
     from timm_cotnet import CotLayer
+    from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
     from timm_cotnet.ops.cpu.contexts import train_contexts
     header = tmp_path / 'failing.h'
     header.write_text(
@@ -326,6 +329,7 @@ def test_missing_memory(monkeypatch, tmp_path):
         'local_conv_backward': lambda: LocalConvNative.apply(*wanting[:2], 3, 1).sum().backward(),
         'contexts_folded': lambda: contexts_folded(x, logits, x, parameters, 3, 1, 1, 1e-5),
         'contexts_backward': lambda: train_contexts(layer, wanting[0], wanting[2], x).sum().backward(),
+        'batch_norm_backward': lambda: train_batch_norm(wanting[0], layer.bn).sum().backward(),
     }
     monkeypatch.setenv('TIMM_COTNET_CFLAGS', f'-include {header}')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))

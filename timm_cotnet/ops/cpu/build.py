@@ -29,11 +29,11 @@ import torch
 _logger = logging.getLogger('timm_cotnet')
 _FOLDER = Path(__file__).parent
 _SOURCES = {torch.bfloat16: ['local_conv.c', 'contexts_folded.c']}
-_SOURCES[torch.float32] = [*_SOURCES[torch.bfloat16], 'contexts_training.c']
+_SOURCES[torch.float32] = [*_SOURCES[torch.bfloat16], 'contexts_training.c', 'batch_norm.c']
 _KERNELS = {torch.bfloat16: {'local_conv': 4, 'contexts_folded': 6}}  # pointers before the number of threads
 _KERNELS[torch.float32] = {
     **_KERNELS[torch.bfloat16], 'local_conv_backward': 6, 'contexts_forward': 1, 'contexts_mix': 1,
-    'contexts_recompute': 1, 'contexts_backward': 1}
+    'contexts_recompute': 1, 'contexts_backward': 1, 'batch_norm_forward': 1, 'batch_norm_backward': 1}
 _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
 _FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fPIC']
 _X86_FLAGS = ['-mprefer-vector-width=512']
