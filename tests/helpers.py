@@ -121,6 +121,13 @@ class PlainWing:
         hidden = F.relu(self._batch_norm(self._pointwise(first, self._pool(dynamic, static)), norm))
         return self._mix(dynamic, static, self._pointwise(second, hidden))
 
+    def train_bottleneck(self, block, x):
+        self.called.append('bottleneck')
+        out = F.relu(self._batch_norm(block.conv1(x), block.bn1))
+        out = block.conv3(block.avd_last(block.conv2(block.avd_first(out))))
+        shortcut = x if block.downsample is None else block.downsample(x)
+        return F.relu(self._batch_norm(out, block.bn3) + shortcut)
+
     def folded_cot_layer(self, layer, x):
         self.called.append('folded_cot_layer')
         static = F.relu(self._conv(layer.key_embed[0], x))

@@ -27,7 +27,8 @@ from helpers import FORMATS, MODULES, create, difference, has_kernels, image, im
 
 PACKAGE = Path(timm_cotnet.__file__).parent
 OWN = 'its own modules'
-TRAIN, FOLDED, BLOCK = 'C kernels for training', 'packed convolutions and a C kernel', 'packed convolutions'
+TRAIN, NORMS = 'C kernels for training', 'C kernels of norms'
+FOLDED, BLOCK = 'packed convolutions and a C kernel', 'packed convolutions'
 
 
 def fold(module):
@@ -100,7 +101,7 @@ def test_recorded_lasts_as_long_as_its_block():
 def test_every_kind_in_the_table_is_known():
     assert {*dispatch._ON_CPU, *dispatch._ANYWHERE} <= set(dispatch._KINDS.values())
     assert set(dispatch._KINDS.values()) == {
-        'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention', 'folded_bottleneck',
+        'bottleneck', 'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention', 'folded_bottleneck',
         'folded_stage'}
 
 
@@ -148,13 +149,13 @@ def folded_modules():
     return {FOLDED: fold(layer), BLOCK: fold(block)}
 
 
-@pytest.mark.parametrize('row', [TRAIN, FOLDED, BLOCK])
+@pytest.mark.parametrize('row', [TRAIN, NORMS, FOLDED, BLOCK])
 @pytest.mark.parametrize('what', NOW)
 def test_reasons_of_surroundings(what, row):
     change, expected = NOW[what]
-    training = row == TRAIN
-    module = create('CotLayer').train() if training else folded_modules()[row]
-    a = {'x': channels_last(3, 16 if row == BLOCK else 32, 6, 7), 'training': training}
+    training = row in (TRAIN, NORMS)
+    module = create('CotLayer' if row == TRAIN else 'CotBottleneck').train() if training else folded_modules()[row]
+    a = {'x': channels_last(3, 16 if row in (NORMS, BLOCK) else 32, 6, 7), 'training': training}
     with plain_wing(), torch.set_grad_enabled(training):
         assert reason(module, a['x'], row) is None
         with enter(change, a):
@@ -202,6 +203,7 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'groups': (replaced('conv1x1.0', nn.Conv2d(32, 32, 1, groups=2, bias=False)), 'is not a 1x1 convolution with'),
     'stride': (replaced('conv1x1.0', nn.Conv2d(32, 32, 1, 2, bias=False)), 'is not a 1x1 convolution with'),
     'bias': (replaced('embed.0', nn.Conv2d(64, 16, 1)), r'embed\.0 has a bias'),
+    'frozen norm of keys': (lambda m: m.key_embed[1].eval(), 'does not use and average the statistics of the batch'),
     'frozen norm': (lambda m: m.bn.eval(), 'does not use and average the statistics of the batch'),
     'evaluation': (lambda m: m.eval(), 'does not use and average the statistics of the batch'),
     'affine': (replaced('bn', nn.BatchNorm2d(32, affine=False)), 'or has no weight'),
@@ -230,6 +232,44 @@ def test_reasons_in_training(what):
         assert reason(layer, x, TRAIN) is None
         change(layer)
         found = reason(layer, x, TRAIN)
+    assert re.search(expected, found), found
+
+
+TRAINING_BLOCK = {  # of a CotBottleneck or SplitAttnBottleneck in training: change, part of the reason
+    'activation': (replaced('act1', nn.GELU()), 'act1 is a GELU, not a ReLU'),
+    'norm': (replaced('bn3', nn.GroupNorm(1, 64)), 'bn3 is a GroupNorm, not a BatchNorm2d'),
+    'subclass': (replaced('bn1', type('Norm', (nn.BatchNorm2d,), {})(16)), 'bn1 is a Norm, not a BatchNorm2d'),
+    'drop block': (replaced('drop_block', nn.Dropout()), 'drop_block is a Dropout, not a Identity'),
+    'hook': (lambda m: m.act3.register_forward_hook(lambda *_: None), 'hooks watch act3'),
+    'backward hook': (lambda m: m.bn1.register_full_backward_hook(lambda *_: None), 'hooks watch bn1'),
+    'forward': (lambda m: setattr(m.bn3, 'forward', m.bn3.forward), 'hooks watch bn3, or its forward is another one'),
+    'dtype': (lambda m: m.bn1.double(), r'a parameter of bn1 is not a plain torch\.float32 tensor'),
+    'computed': (lambda m: computed(m.bn3), 'the weight of bn3 is computed whenever it is read'),
+    'frozen norm': (lambda m: m.bn1.eval(), 'does not use and average the statistics of the batch'),
+    'affine': (replaced('bn3', nn.BatchNorm2d(64, affine=False)), 'or has no weight'),
+    'no statistics': (replaced('bn3', nn.BatchNorm2d(64, track_running_stats=False)), 'does not use and average'),
+    'momentum': (replaced('bn1', nn.BatchNorm2d(16, momentum=None)), 'does not use and average'),
+    'sizes': (lambda m: setattr(m.bn1, 'num_features', 8), 'a weight or running statistic of a batch norm is not'),
+    'attention': (set_on('', 'se', nn.Identity()), 'an attention module behind its norm, or stochastic depth'),
+    'stochastic depth': (set_on('', 'drop_path', nn.Identity()), 'an attention module behind its norm, or stochastic'),
+}
+
+
+@pytest.mark.parametrize('name', ['CotBottleneck', 'SplitAttnBottleneck'])
+@pytest.mark.parametrize('what', TRAINING_BLOCK)
+def test_reasons_of_blocks_in_training(what, name):
+    change, expected = TRAINING_BLOCK[what]
+    block = create(name).train()
+    x = channels_last(3, 16, 6, 7)
+    with plain_wing() as wing:
+        assert reason(block, x, NORMS) is None
+        for path in ('conv1', 'avd_first', 'conv2', 'avd_last', 'conv3', 'downsample'):  # are called
+            block.get_submodule(path).register_forward_hook(lambda *_: None)
+        assert reason(block, x, NORMS) is None
+        change(block)
+        found = reason(block, x, NORMS)
+        wing.why_not = lambda dtype: 'no compiler'
+        assert reason(create(name).train(), x, NORMS) == 'no compiler'
     assert re.search(expected, found), found
 
 
@@ -316,6 +356,7 @@ def test_reason_without_the_folder(monkeypatch):
     monkeypatch.setattr(dispatch, 'cpu', None)
     x = channels_last(3, 32, 6, 7)
     assert reason(CotLayer(32), x, TRAIN) == 'the package has no folder ops/cpu'
+    assert reason(create('CotBottleneck'), channels_last(3, 16, 6, 7), NORMS) == 'the package has no folder ops/cpu'
     with torch.no_grad():
         assert reason(folded_modules()[FOLDED], x, FOLDED) == 'the package has no folder ops/cpu'
     with recorded() as choices:
@@ -365,6 +406,12 @@ def test_installed_kernels_are_taken():
                 with torch.no_grad():
                     assert implementations(folded.to(dtype), x.to(dtype))[0] == [FOLDED]
                 assert implementations(folded, x.to(dtype))[0] == [OWN]
+
+
+    for name in ('CotBottleneck', 'SplitAttnBottleneck'):
+        block, x = create(name).train(), channels_last(4, 16, 6, 7)
+        assert implementations(block, x)[0][0] == NORMS
+        assert set(implementations(block, x.contiguous())[0]) == set(implementations(block.eval(), x)[0]) == {OWN}
 
 
 @pytest.mark.parametrize('name', MODULES)

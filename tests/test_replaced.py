@@ -19,7 +19,7 @@ CHILDREN = [  # those of CotBottleneck's layer are CotLayer's
     (name, path) for name in MODULES for path, _ in MODULES[name][0]().named_modules()
     if path and not (name == 'CotBottleneck' and path.startswith('conv2.'))]
 TOLERANCE = 1e-4
-FAST = 'C kernels for training'
+FAST = {'cot_layer': 'C kernels for training', 'bottleneck': 'C kernels of norms'}
 # memory format, and whether kernels are those in plain PyTorch; other kernels only where there are some
 WAYS = [(torch.contiguous_format, False), (torch.channels_last, True)]
 if has_kernels():
@@ -172,18 +172,26 @@ def assert_same(module, name, what):
     assert_folded(module, channels, what)
 
 
-def fast_path(module, name):
-    """Whether kernels for training stand in for the module or one of its children."""
+def fast_paths(module, name):
+    """Kinds of those that kernels for training stand in for: the module, or its CoT layer."""
     with plain_wing() as wing:
         used, _ = implementations(
             copy.deepcopy(module), image(5, MODULES[name][1], memory_format=torch.channels_last).requires_grad_())
-    assert (FAST in used) == ('cot_layer' in wing.called)
-    return FAST in used
+    assert {kind for kind, row in FAST.items() if row in used} == set(wing.called)
+    return set(wing.called)
 
 
-def inside(name, path):
-    """Whether path is inside a CoT layer, so that kernels for training have to notice what is there."""
-    return name in ('CotLayer', 'CoxtLayer') or name == 'CotBottleneck' and path.startswith('conv2.')
+def kind_around(name, path):
+    """The kind of what kernels for training may stand in for so that they have to notice what is at path, or None."""
+    if name in ('CotLayer', 'CoxtLayer') or name == 'CotBottleneck' and path.startswith('conv2.'):
+        return 'cot_layer'
+    called = path.partition('.')[0] in ('conv1', 'avd_first', 'conv2', 'avd_last', 'conv3', 'downsample')
+    return 'bottleneck' if name.endswith('Bottleneck') and not called else None
+
+
+KINDS = {
+    'CotLayer': {'cot_layer'}, 'CoxtLayer': {'cot_layer'}, 'CoTAttention': set(),
+    'CotBottleneck': {'bottleneck', 'cot_layer'}, 'SplitAttnBottleneck': {'bottleneck'}}
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -191,10 +199,11 @@ def test_unchanged(name):
     """The fast path is taken where nothing was changed, and agrees."""
     module = create(name).train()
     assert_same(module, name, 'unchanged')
-    assert fast_path(module, name) == (name in ('CotLayer', 'CoxtLayer', 'CotBottleneck'))
+    assert fast_paths(module, name) == KINDS[name]
     if has_kernels():
         x = image(5, MODULES[name][1], memory_format=torch.channels_last).requires_grad_()
-        assert (FAST in implementations(module, x)[0]) == (name in ('CotLayer', 'CoxtLayer', 'CotBottleneck'))
+        used, _ = implementations(module, x)
+        assert {kind for kind, row in FAST.items() if row in used} == KINDS[name]
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -225,7 +234,7 @@ def test_another_type(name, path):
     module = create(name).train()
     swap(module, path, other(module.get_submodule(path)))
     assert_same(module, name, path)
-    assert not (inside(name, path) and fast_path(module, name))
+    assert kind_around(name, path) not in fast_paths(module, name)
 
 
 CONFIGURED = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.SiLU, nn.Sequential)
@@ -254,7 +263,7 @@ def test_subclass(name, path):
     module = create(name).train()
     subclassed(module.get_submodule(path))
     assert_same(module, name, path)
-    assert not (inside(name, path) and fast_path(module, name))
+    assert kind_around(name, path) not in fast_paths(module, name)
 
 
 @pytest.mark.parametrize('name, path', [
@@ -264,7 +273,7 @@ def test_parametrized(name, path):
     module = create(name).train()
     parametrized(module.get_submodule(path))
     assert_same(module, name, path)
-    assert not (inside(name, path) and fast_path(module, name))
+    assert kind_around(name, path) not in fast_paths(module, name)
 
 
 @pytest.mark.parametrize('name, path', [
@@ -282,7 +291,7 @@ def test_adapted(name, path):
     swap(module, path, Lora(module.get_submodule(path)).train())
     module.get_submodule(path).base.requires_grad_(False)
     assert_same(module, name, path)
-    assert not (inside(name, path) and fast_path(module, name))
+    assert kind_around(name, path) not in fast_paths(module, name)
 
 
 def watch(module, path, seen):
@@ -326,10 +335,11 @@ def test_watched(name, path):
     assert [row[0] for row in expected].count('backward') == (0 if bottleneck else calls)
     assert all(rows == expected for rows in seen.values()), path
 
-    watch(module, path, [])
-    if not bottleneck:
-        assert_same(module, name, path)
-    assert not (inside(name, path) and fast_path(module, name))
+    hooks = watch(module, path, [])
+    if bottleneck:
+        hooks.pop().remove()
+    assert_same(module, name, path)
+    assert kind_around(name, path) not in fast_paths(module, name)
 
 
 FOLDED_CHILDREN = [

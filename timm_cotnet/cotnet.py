@@ -23,12 +23,14 @@ from timm.models.resnet import ResNet, downsample_avg, drop_blocks
 from .deploy import FirstStage, Stage, fold_bottleneck
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME
 from .layers import CotLayer, CoxtLayer, factory_kwargs
+from .ops.dispatch import known_as
 from .pretrained import CheckedLoading, build_pretrained, hook_config_loader
 from .published import PUBLISHED
 
 __all__ = ['CotBottleneck', 'SplitAttnBottleneck', 'CotNet', 'SeCotNetD']
 
 
+@known_as('bottleneck')
 class CotBottleneck(nn.Module):
     """Bottleneck block whose 3x3 convolution is a CoT layer: `CotLayer`, or `CoxtLayer` where cardinality is 2.
 
@@ -132,6 +134,7 @@ class CotBottleneck(nn.Module):
         return self.act3(x)
 
 
+@known_as('bottleneck')
 class SplitAttnBottleneck(CotBottleneck):
     """Bottleneck block with split attention of radix one, the other kind of block in SE-CoTNetD.
 

@@ -57,6 +57,16 @@ def _contexts_by_definition() -> None:
     _replace(dispatch.cpu.stand_ins, 'contexts_folded', contexts_folded)
 
 
+def _without_norms() -> None:
+    """Batch norms that are not part of another kernel, of blocks and of CoT layers, are PyTorch's."""
+    def norm_act(x, norm, residual=None):
+        out = norm(x)
+        if residual is not None:
+            out += residual
+        return torch.relu_(out)
+    _replace(dispatch.cpu.stand_ins, '_norm_act', norm_act)
+
+
 def _replace(module: ModuleType, name: str, value: object) -> None:
     getattr(module, name)  # what is not there would be left out without a trace
     setattr(module, name, value)
@@ -84,6 +94,8 @@ PARTS = [
          ('onednn.py',)),
     Part('packed convolutions in bottlenecks', _without_row('folded_bottleneck'), FOLDED, ('onednn.py',)),
     Part(CONTEXTS, _without_row('cot_layer'), TRAINING, ('cpu/contexts_training.c',), BINDINGS),
+    Part('C kernels of batch norms in training', _without_norms, TRAINING,
+         ('cpu/batch_norm.c', 'cpu/batch_norm.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
     Part('C local convolution', lambda: _replace(dispatch, '_why_not_native_local_conv', lambda *args: 'left out'),
          OWN_LOCAL_CONV, ('cpu/local_conv.c', 'cpu/local_conv.py'), ('cpu/build.py',)),
 ]

@@ -202,6 +202,8 @@ _COT_LAYER = _parts(
     act=nn.SiLU,
     se=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d],
 )
+_BOTTLENECK = _parts(
+    bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, bn3=nn.BatchNorm2d, act3=nn.ReLU)  # others are called
 _FOLDED_COT_LAYER = _parts(
     key_embed=[nn.Conv2d, nn.ReLU],
     query=nn.Conv2d,
@@ -276,7 +278,7 @@ def _why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
     if isinstance(m, str):
         return m
     B, C, H, W = x.shape
-    norms = m['conv1x1.1'], m['bn'], m['se.1']
+    norms = m['conv1x1.1'], m['bn'], m['se.1'], m['key_embed.1'], m['embed.1']
     if not all(_is_pointwise(m[path], layer.groups) for path in ('embed.0', 'embed.3', 'conv1x1.0')):
         return 'embed.0, embed.3 or conv1x1.0 is not a 1x1 convolution with the groups of the layer'
     if not _is_mixing(m['se.0'], m['se.3'], C):
@@ -297,10 +299,22 @@ def _why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
     )
 
 
+def _why_not_train_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _NO_WING if cpu is None else _why_not_now(x, (torch.float32,), training=True)
+    if reason is not None:
+        return reason
+    m = _find(block, _BOTTLENECK, x)
+    if isinstance(m, str):
+        return m
+    if block.se is not None or block.drop_path is not None:
+        return 'the block has an attention module behind its norm, or stochastic depth'
+    return _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or cpu.why_not(x.dtype)
+
+
 def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor) -> Optional[str]:
     if not (norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
         return 'a batch norm does not use and average the statistics of the batch, or has no weight'
-    if not all(_is_plain(t, x) and t.is_contiguous()
+    if not all(_is_plain(t, x) and t.is_contiguous() and len(t) == norm.num_features
                for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)):
         return 'a weight or running statistic of a batch norm is not a plain contiguous float32 tensor'
     return None
@@ -375,6 +389,7 @@ def _why_not_averaged(module: nn.Module, x: Tensor) -> Optional[str]:
 
 
 _ON_CPU = {
+    'bottleneck': (StandIn('C kernels of norms', _why_not_train_bottleneck, lambda *a: cpu.train_bottleneck(*a)),),
     'cot_layer': (StandIn('C kernels for training', _why_not_train_cot_layer, lambda *a: cpu.train_cot_layer(*a)),),
     'folded_cot_layer': (
         StandIn('packed convolutions and a C kernel', _why_not_folded_cot_layer, lambda *a: cpu.folded_cot_layer(*a)),),

@@ -5,6 +5,7 @@ the C files they call:
 
 - `build.py` compiles, caches and loads the libraries; `memory.h` and `vectors.h` are what all C files build on.
 - `local_conv.py`: the local convolution and its gradients (`local_conv.c`, on rows as in `local_conv.h`).
+- `batch_norm.py`: batch norm in training with what follows it in a block (`batch_norm.c`).
 - `contexts.py`: all that lies behind a CoT layer's convolutions, folded (`contexts_folded.c`) and in training
   (`contexts_training.c`).
 - `stand_ins.py`: what is made of them for CoT layers and blocks.
@@ -15,9 +16,9 @@ import torch
 
 from .build import load
 from .local_conv import MAX_KERNEL_SIZE, LocalConvNative
-from .stand_ins import folded_cot_layer, train_cot_layer
+from .stand_ins import folded_cot_layer, train_bottleneck, train_cot_layer
 
-__all__ = ['MAX_KERNEL_SIZE', 'LocalConvNative', 'folded_cot_layer', 'train_cot_layer', 'why_not']
+__all__ = ['MAX_KERNEL_SIZE', 'LocalConvNative', 'folded_cot_layer', 'train_bottleneck', 'train_cot_layer', 'why_not']
 
 
 @torch.compiler.assume_constant_result

@@ -1,9 +1,12 @@
-"""What stands in for CoT layers and folded blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
+"""What stands in for CoT layers and blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..onednn import run_conv2d
+from .batch_norm import train_batch_norm
 from .contexts import contexts_folded, train_contexts
 
 
@@ -12,8 +15,9 @@ def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
     Convolutions are the modules' own, but for the concatenation: that of two concatenated tensors is the sum of two.
     """
-    static = layer.key_embed(x)
-    conv, norm, act, attn, _ = layer.embed
+    conv, norm, _ = layer.key_embed
+    static = _norm_act(conv(x), norm)
+    conv, norm, _, attn, _ = layer.embed
     weight = conv.weight
     if layer.groups == 1:
         query, key = weight.split(conv.in_channels // 2, 1)
@@ -22,7 +26,30 @@ def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
         weight = weight.as_strided(weight.shape, (weight.shape[1], 1, 1, 1))
         query, key = weight[:, 0::2], weight[:, 1::2]
     hidden = F.conv2d(x, query, groups=layer.groups) + F.conv2d(static, key, groups=layer.groups)
-    return train_contexts(layer, layer.conv1x1[0](x), attn(act(norm(hidden))), static)
+    return train_contexts(layer, layer.conv1x1[0](x), attn(_norm_act(hidden, norm)), static)
+
+
+def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+    """A `CotBottleneck` or `SplitAttnBottleneck` in training, (B, C_in, H, W) -> (B, C, H', W'), float32.
+
+    Both norms are kernels, with what follows them; all else is called.
+    """
+    out = _norm_act(block.conv1(x), block.bn1)
+    out = block.conv3(block.avd_last(block.conv2(block.avd_first(out))))
+    return _norm_act(out, block.bn3, x if block.downsample is None else block.downsample(x))
+
+
+def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None) -> Tensor:
+    """`relu(norm(x) + residual)`, by the kernel if it can take what came from modules, which may be any."""
+    if all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
+           and not t.is_neg() and t.ndim == 4 and t.shape == x.shape
+           and t.is_contiguous(memory_format=torch.channels_last)
+           for t in (x, x if residual is None else residual)) and x.shape[1] == norm.num_features < x.numel():
+        return train_batch_norm(x, norm, True, residual)
+    out = norm(x)
+    if residual is not None:
+        out += residual
+    return F.relu(out)
 
 
 def folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
