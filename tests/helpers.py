@@ -123,8 +123,8 @@ class PlainWing:
 
     def train_bottleneck(self, block, x):
         self.called.append('bottleneck')
-        out = F.relu(self._batch_norm(block.conv1(x), block.bn1))
-        out = block.conv3(block.avd_last(block.conv2(block.avd_first(out))))
+        out = F.relu(self._batch_norm(self._pointwise(block.conv1, x), block.bn1))
+        out = self._pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
         shortcut = x if block.downsample is None else block.downsample(x)
         return F.relu(self._batch_norm(out, block.bn3) + shortcut)
 

@@ -241,7 +241,7 @@ def test_children_that_give_what_the_kernel_cannot_take(out):
     for kernels in (True, False):
         torch.manual_seed(0)
         block = CotBottleneck(64, 16).train()
-        block.conv1 = Gives(out)
+        block.conv2 = Gives(out)
         x = torch.randn(4, 64, 8, 8).contiguous(memory_format=FORMATS[kernels]).requires_grad_()
         try:
             results.append(block(x).shape)

@@ -23,7 +23,7 @@ from timm_cotnet import CoTAttention, CotLayer, explain, local_conv
 from timm_cotnet.ops import dispatch
 from timm_cotnet.ops.dispatch import Choice, StandIn, choose_local_conv, known_as, recorded, stand_in
 
-from helpers import FORMATS, MODULES, create, difference, has_kernels, image, implementations, plain_wing
+from helpers import FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, plain_wing
 
 PACKAGE = Path(timm_cotnet.__file__).parent
 OWN = 'its own modules'
@@ -251,6 +251,10 @@ TRAINING_BLOCK = {  # of a CotBottleneck or SplitAttnBottleneck in training: cha
     'momentum': (replaced('bn1', nn.BatchNorm2d(16, momentum=None)), 'does not use and average'),
     'sizes': (lambda m: setattr(m.bn1, 'num_features', 8), 'a weight or running statistic of a batch norm is not'),
     'attention': (set_on('', 'se', nn.Identity()), 'an attention module behind its norm, or stochastic depth'),
+    'kernel size': (replaced('conv3', nn.Conv2d(16, 64, 3, padding=1, bias=False)), 'is not a 1x1 convolution of one'),
+    'stride': (replaced('conv1', nn.Conv2d(16, 16, 1, 2, bias=False)), 'conv1 or conv3 is not a 1x1 convolution of'),
+    'groups': (replaced('conv1', nn.Conv2d(16, 16, 1, groups=2, bias=False)), 'is not a 1x1 convolution of one group'),
+    'adapter': (replaced('conv3', Lora(nn.Conv2d(16, 64, 1, bias=False))), 'conv3 is a Lora, not a Conv2d'),
     'stochastic depth': (set_on('', 'drop_path', nn.Identity()), 'an attention module behind its norm, or stochastic'),
 }
 
@@ -263,7 +267,7 @@ def test_reasons_of_blocks_in_training(what, name):
     x = channels_last(3, 16, 6, 7)
     with plain_wing() as wing:
         assert reason(block, x, NORMS) is None
-        for path in ('conv1', 'avd_first', 'conv2', 'avd_last', 'conv3', 'downsample'):  # are called
+        for path in ('avd_first', 'conv2', 'avd_last', 'downsample'):  # are called
             block.get_submodule(path).register_forward_hook(lambda *_: None)
         assert reason(block, x, NORMS) is None
         change(block)

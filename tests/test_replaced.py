@@ -185,7 +185,7 @@ def kind_around(name, path):
     """The kind of what kernels for training may stand in for so that they have to notice what is at path, or None."""
     if name in ('CotLayer', 'CoxtLayer') or name == 'CotBottleneck' and path.startswith('conv2.'):
         return 'cot_layer'
-    called = path.partition('.')[0] in ('conv1', 'avd_first', 'conv2', 'avd_last', 'conv3', 'downsample')
+    called = path.partition('.')[0] in ('avd_first', 'conv2', 'avd_last', 'downsample')
     return 'bottleneck' if name.endswith('Bottleneck') and not called else None
 
 

@@ -14,6 +14,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import engines
 import torch
+import torch.nn.functional as F
 from engines import CannotRun, Result, Spec, Task, take_turns
 
 from timm_cotnet.ops import dispatch, onednn
@@ -67,6 +68,12 @@ def _without_norms() -> None:
     _replace(dispatch.cpu.stand_ins, '_norm_act', norm_act)
 
 
+def _without_pointwise() -> None:
+    """1x1 convolutions are PyTorch's in training, with its gradients."""
+    _replace(dispatch.cpu.stand_ins, 'pointwise', F.conv2d)
+    _replace(dispatch.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
+
+
 def _replace(module: ModuleType, name: str, value: object) -> None:
     getattr(module, name)  # what is not there would be left out without a trace
     setattr(module, name, value)
@@ -96,6 +103,7 @@ PARTS = [
     Part(CONTEXTS, _without_row('cot_layer'), TRAINING, ('cpu/contexts_training.c',), BINDINGS),
     Part('C kernels of batch norms in training', _without_norms, TRAINING,
          ('cpu/batch_norm.c', 'cpu/batch_norm.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
+    Part('products of matrices for gradients of 1x1 convolutions', _without_pointwise, TRAINING, ('pointwise.py',)),
     Part('C local convolution', lambda: _replace(dispatch, '_why_not_native_local_conv', lambda *args: 'left out'),
          OWN_LOCAL_CONV, ('cpu/local_conv.c', 'cpu/local_conv.py'), ('cpu/build.py',)),
 ]

@@ -202,8 +202,9 @@ _COT_LAYER = _parts(
     act=nn.SiLU,
     se=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d],
 )
-_BOTTLENECK = _parts(
-    bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, bn3=nn.BatchNorm2d, act3=nn.ReLU)  # others are called
+_BOTTLENECK = _parts(  # the others are called
+    conv1=nn.Conv2d, bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU,
+    conv3=nn.Conv2d, bn3=nn.BatchNorm2d, act3=nn.ReLU)
 _FOLDED_COT_LAYER = _parts(
     key_embed=[nn.Conv2d, nn.ReLU],
     query=nn.Conv2d,
@@ -308,6 +309,8 @@ def _why_not_train_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
         return m
     if block.se is not None or block.drop_path is not None:
         return 'the block has an attention module behind its norm, or stochastic depth'
+    if not (_is_pointwise(m['conv1'], 1) and _is_pointwise(m['conv3'], 1)):
+        return 'conv1 or conv3 is not a 1x1 convolution of one group'
     return _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or cpu.why_not(x.dtype)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..onednn import run_conv2d
+from ..pointwise import pointwise, run_pointwise
 from .batch_norm import train_batch_norm
 from .contexts import contexts_folded, train_contexts
 
@@ -21,21 +22,23 @@ def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     weight = conv.weight
     if layer.groups == 1:
         query, key = weight.split(conv.in_channels // 2, 1)
+        hidden = pointwise(x, query) + pointwise(static, key)
     else:
         # the backward of as_strided gives the gradient the strides of its parameter, as distributed training wants it
         weight = weight.as_strided(weight.shape, (weight.shape[1], 1, 1, 1))
         query, key = weight[:, 0::2], weight[:, 1::2]
-    hidden = F.conv2d(x, query, groups=layer.groups) + F.conv2d(static, key, groups=layer.groups)
-    return train_contexts(layer, layer.conv1x1[0](x), attn(_norm_act(hidden, norm)), static)
+        hidden = F.conv2d(x, query, groups=layer.groups) + F.conv2d(static, key, groups=layer.groups)
+    value, logits = run_pointwise(layer.conv1x1[0], x), run_pointwise(attn, _norm_act(hidden, norm))
+    return train_contexts(layer, value, logits, static)
 
 
 def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in training, (B, C_in, H, W) -> (B, C, H', W'), float32.
 
-    Both norms are kernels, with what follows them; all else is called.
+    Both norms are kernels, with what follows them; between the 1x1 convolutions, and in the shortcut, all is called.
     """
-    out = _norm_act(block.conv1(x), block.bn1)
-    out = block.conv3(block.avd_last(block.conv2(block.avd_first(out))))
+    out = _norm_act(run_pointwise(block.conv1, x), block.bn1)
+    out = run_pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
     return _norm_act(out, block.bn3, x if block.downsample is None else block.downsample(x))
 
 

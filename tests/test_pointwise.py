@@ -1,0 +1,81 @@
+"""The 1x1 convolution whose gradients are products of matrices, against PyTorch's convolution in float64."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_cotnet.ops.pointwise import pointwise
+
+from helpers import FORMATS, difference, image
+
+
+def inputs(B=3, C_in=8, C=6, H=5, W=4, memory_format=torch.channels_last, filters=torch.channels_last):
+    torch.manual_seed(0)
+    weight = torch.randn(C, C_in, 1, 1).to(memory_format=filters)
+    return [t.requires_grad_() for t in (image(B, C_in, H, W, memory_format), weight, torch.randn(C))]
+
+
+def in_double(tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def derivatives(out, leaves):
+    """First derivatives, and second ones by all leaves."""
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+@pytest.mark.parametrize('filters', FORMATS)
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('sizes', [{}, dict(B=1), dict(H=1, W=1), dict(C_in=1), dict(C=1), dict(B=0)])
+def test_values_and_derivatives(sizes, memory_format, filters):
+    leaves = inputs(**sizes, memory_format=memory_format, filters=filters)
+    exact = in_double(leaves)
+    out, expected = pointwise(*leaves), F.conv2d(*exact)
+    assert difference(out, expected) < 1e-5
+    for actual, wanted in zip(derivatives(out, leaves), derivatives(expected, exact)):
+        assert difference(actual, wanted) < 1e-4
+
+
+def test_gradcheck():
+    exact = in_double(inputs())
+    assert torch.autograd.gradcheck(pointwise, exact) and torch.autograd.gradgradcheck(pointwise, exact)
+
+
+def test_frozen():
+    leaves = inputs()
+    expected = torch.autograd.grad(pointwise(*leaves).square().sum(), leaves)
+    for wanted in itertools.product((False, True), repeat=3):
+        for leaf, want in zip(leaves, wanted):
+            leaf.grad = None
+            leaf.requires_grad_(want)
+        out = pointwise(*leaves)
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.square().sum().backward()
+        for leaf, want, gradient in zip(leaves, wanted, expected):
+            assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
+
+
+@pytest.mark.parametrize('filters', FORMATS)
+def test_gradients_have_the_strides_of_their_parameters(filters):
+    """So that nothing copies them, and distributed training finds what it expects."""
+    x, weight, bias = inputs(filters=filters)
+    grads = torch.autograd.grad(pointwise(x, weight, bias).sum(), (x, weight, bias))
+    for gradient, tensor in zip(grads, (x, weight, bias)):
+        assert gradient.stride() == tensor.stride()
+
+
+@pytest.mark.parametrize('how', ['vmap', 'is_grads_batched'])
+def test_many_gradients_at_once(how):
+    leaves = inputs()
+    out = pointwise(*leaves)
+    grads = torch.randn(3, *out.shape)
+    if how == 'vmap':
+        batched = torch.vmap(lambda grad: torch.autograd.grad(out, leaves, grad, retain_graph=True))(grads)
+    else:
+        batched = torch.autograd.grad(out, leaves, grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for many, one in zip(batched, torch.autograd.grad(out, leaves, grad, retain_graph=True)):
+            assert difference(many[i], one) < 1e-5
