@@ -14,7 +14,7 @@ from .contexts import contexts_folded, train_contexts
 def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `CotLayer` or `CoxtLayer` in training, (B, dim, H, W) -> (B, dim, H, W), float32 and channels-last.
 
-    Convolutions are the modules' own, but for the concatenation: that of two concatenated tensors is the sum of two.
+    The key convolution is the module's own. That of two concatenated tensors is the sum of two.
     """
     conv, norm, _ = layer.key_embed
     static = _norm_act(conv(x), norm)
