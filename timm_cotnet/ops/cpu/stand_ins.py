@@ -22,7 +22,7 @@ def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     weight = conv.weight
     if layer.groups == 1:
         query, key = weight.split(conv.in_channels // 2, 1)
-        hidden = pointwise(x, query) + pointwise(static, key)
+        hidden = pointwise(x, query).add_(pointwise(static, key))
     else:
         # the backward of as_strided gives the gradient the strides of its parameter, as distributed training wants it
         weight = weight.as_strided(weight.shape, (weight.shape[1], 1, 1, 1))
