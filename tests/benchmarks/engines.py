@@ -257,7 +257,7 @@ def take_turns(script: str, specs: Sequence[Spec], seconds: float) -> List[Union
         seconds: Time for each task, building it not included; each has at least three turns.
     """
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(script, spec)) for spec in specs]
+        workers = [stack.enter_context(Worker(script, spec)) for spec in specs]
         for worker in workers:
             worker.get_ready()
         running = [worker for worker in workers if worker.error is None]
@@ -271,18 +271,19 @@ def take_turns(script: str, specs: Sequence[Spec], seconds: float) -> List[Union
         return [worker.error or Result(statistics.median(worker.times), worker.megabytes) for worker in workers]
 
 
-class _Worker:
+class Worker:
     """A process with a task, which answers each line that it is sent with one of JSON."""
 
-    def __init__(self, script: str, spec: Spec):
+    def __init__(self, script: str, spec: Spec, env: Optional[Dict[str, str]] = None):
         self._process = subprocess.Popen(
             [sys.executable, script, '--work', json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True)
+            text=True, env=env)
         self.error: Optional[str] = None
         self.times: List[float] = []
         self.megabytes = 0.
+        self.first = float('nan')  # milliseconds of the task's first time
 
-    def __enter__(self) -> '_Worker':
+    def __enter__(self) -> 'Worker':
         return self
 
     def __exit__(self, *_) -> None:
@@ -296,7 +297,8 @@ class _Worker:
         self._process.stdout.close()
 
     def get_ready(self) -> None:
-        self.megabytes = self._ask().get('megabytes', 0.)
+        answer = self._ask()
+        self.megabytes, self.first = answer.get('megabytes', 0.), answer.get('first', self.first)
 
     def take_turn(self) -> None:
         answer = self._ask()
@@ -331,16 +333,19 @@ def serve(make: Callable[..., Task], spec: Spec) -> None:
     before = _peak_megabytes()
     try:
         task = make(**spec)
+        start = time.perf_counter()
         task()
+        first = 1e3 * (time.perf_counter() - start)
         _reset_peak()  # compiling takes memory of its own
         task()
     except (CannotRun, ImportError) as reason:
-        return answer(error=_one_line(str(reason)))
+        return answer(error=one_line(str(reason)))
     except Exception as error:
         traceback.print_exc()
-        return answer(error=_one_line(f'{type(error).__name__}: {error}'))
+        return answer(error=one_line(f'{type(error).__name__}: {error}'))
     gpu = torch.cuda.is_initialized()
-    answer(megabytes=torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else _peak_megabytes() - before)
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else _peak_megabytes() - before
+    answer(megabytes=peak, first=first)
     for _ in sys.stdin:
         times = []
         end = time.perf_counter() + TURN
@@ -351,7 +356,7 @@ def serve(make: Callable[..., Task], spec: Spec) -> None:
         answer(milliseconds=statistics.median(times))
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
     """As a cell of a Markdown table can hold it."""
     return ' '.join(message.split()).replace('|', '/')[:160]
 
