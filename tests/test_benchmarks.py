@@ -1,5 +1,6 @@
 """The benchmarks run: they name their rows, and a cheap row of each gives a table with numbers in it."""
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -41,3 +42,44 @@ def test_cheap_row(benchmark, capsys, tmp_path):
     assert len({line.count('|') for line in lines}) == 1
     assert len(re.findall(r'\| [\d.]+ ms ', lines[2])) == 2, lines[2]
     assert re.search(r'\| \d+\.\d{3} \|', lines[2])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / 'benchmarks'))
+    return importlib.import_module('gpu')
+
+
+def test_gpu_names(gpu, capsys):
+    gpu.main(['--list', '--profile', '--device', 'cpu'])
+    names = capsys.readouterr().out.splitlines()
+    assert len(names) == len(set(names)) > 60
+    gpu.main(['--list', '--device', 'cpu', '--only', 'check', '--only', 'batch 1,', '--skip', 'golden'])
+    chosen = capsys.readouterr().out.splitlines()
+    assert 10 < len(chosen) < len(names) and not any('golden' in name for name in chosen)
+
+
+def test_gpu_rows_on_the_cpu(gpu, capsys, tmp_path):
+    batch_1, layer = 'batch 1, eager, both folded', '512 x 7 x 7, backward'
+    texts = ('golden numbers, CotLayer', batch_1, layer, 'peak memory', 'CUDA graphs, ours folded')
+    options = [option for text in texts for option in ('--only', text)]
+    gpu.main(['--device', 'cpu', '--batch', '2', '--size', '32', '--seconds', '0.01', '--output', str(tmp_path)]
+             + options)
+    written = (tmp_path / 'gpu.md').read_text()
+    assert written == capsys.readouterr().out
+    assert '- ok check: golden numbers, CotLayer' in written
+    lines = [line for line in written.splitlines() if line.startswith('|')][2:]
+    assert len(lines) == 5
+    for line in lines:
+        if batch_1 in line or layer in line:
+            assert len(re.findall(r'\| [\d.]+ ms ', line)) == 2, line
+            assert re.search(r'\| \d+\.\d{3} \| at most 1\.\d \| (yes|NO) \|$', line), line
+        else:
+            assert 'not run: needs CUDA' in line
+    data = json.loads((tmp_path / 'gpu.json').read_text())
+    assert len(data['rows']) == 6 and not data['unfinished']
+
+
+def test_gpu_keeps_its_time(gpu, capsys, tmp_path):
+    gpu.main(['--device', 'cpu', '--minutes', '0', '--only', 'batch 1, eager', '--output', str(tmp_path)])
+    assert capsys.readouterr().out.count('- cotnet50 / resnet50, batch 1, eager') == 3

@@ -54,7 +54,6 @@ def _eager(net: nn.Module, x: torch.Tensor) -> Task:
     @torch.no_grad()
     def task():
         net(x)
-        _synchronize(x)
     return task
 
 
@@ -115,22 +114,21 @@ def inference(
         batch: int,
         size: int = 224,
         dtype: str = 'float32',
-        device: str = 'cpu',
         engine: str = 'eager',
         layout: str = 'channels-last',
         folded: bool = True,
         official: bool = False,
 ) -> Task:
     """The network in an engine, its batch norms folded unless told otherwise."""
-    _check_dtype(device, dtype)
+    _check_dtype(dtype)
     net = timm.create_model(name).eval()
     if folded and not official:
         net = reparameterize_model(net) if 'cotnet' in name else fold(net)
     if official:
         use_official_formula()
     dtype, memory_format = getattr(torch, dtype), LAYOUTS[layout]
-    net = net.to(device=device, dtype=dtype, memory_format=memory_format)
-    x = torch.randn(batch, 3, size, size, device=device, dtype=dtype).to(memory_format=memory_format)
+    net = net.to(dtype=dtype, memory_format=memory_format)
+    x = torch.randn(batch, 3, size, size, dtype=dtype).to(memory_format=memory_format)
     return ENGINES[engine](net, x)
 
 
@@ -138,27 +136,23 @@ def training(
         name: str,
         batch: int,
         size: int = 224,
-        device: str = 'cpu',
         engine: str = 'eager',
         layout: str = 'channels-last',
         official: bool = False,
 ) -> Task:
-    """One step: forward, backward, SGD; in float32, on a GPU under bfloat16 autocast."""
+    """One step: forward, backward, SGD; in float32."""
     if official:
         use_official_formula()
-    net = timm.create_model(name).to(device=device, memory_format=LAYOUTS[layout])
+    net = timm.create_model(name).to(memory_format=LAYOUTS[layout])
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
     run = {'eager': lambda net: net, 'torch.compile': torch.compile}[engine](net.train())
-    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=LAYOUTS[layout])
-    target = torch.randint(1000, (batch,), device=device)
+    x = torch.randn(batch, 3, size, size).to(memory_format=LAYOUTS[layout])
+    target = torch.randint(1000, (batch,))
 
     def task():
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=device != 'cpu'):
-            loss = F.cross_entropy(run(x), target)
-        loss.backward()
+        F.cross_entropy(run(x), target).backward()
         optimizer.step()
-        _synchronize(x)
     return task
 
 
@@ -169,31 +163,23 @@ def operator(
         batch: int = 8,
         backward: bool = False,
         dtype: str = 'float32',
-        device: str = 'cpu',
         layout: str = 'channels-last',
 ) -> Task:
-    """Local convolution, by 'local_conv' or by the official 'formula', or a 'copy' of as many bytes as it moves."""
-    _check_dtype(device, dtype)
+    """Local convolution, by 'local_conv' or by the official 'formula'."""
+    _check_dtype(dtype)
 
     def random(channels: int) -> torch.Tensor:
-        x = torch.randn(batch, channels, side, side, device=device, dtype=getattr(torch, dtype))
+        x = torch.randn(batch, channels, side, side, dtype=getattr(torch, dtype))
         return x.to(memory_format=LAYOUTS[layout])
     x, filters, grad = random(channels), random(channels // 8 * 9), random(channels)
-    if function == 'copy':
-        source = x.new_empty((2 * x.numel() + filters.numel()) // 2)
-        target = torch.empty_like(source)
     x.requires_grad_(backward)
     filters.requires_grad_(backward)
 
     def task():
-        if function == 'copy':
-            target.copy_(source)
-        else:
-            run = local_conv if function == 'local_conv' else official_local_conv
-            out = run(x, filters.view(batch, -1, 9, side, side))
-            if backward:
-                torch.autograd.grad(out, (x, filters), grad)
-        _synchronize(x)
+        run = local_conv if function == 'local_conv' else official_local_conv
+        out = run(x, filters.view(batch, -1, 9, side, side))
+        if backward:
+            torch.autograd.grad(out, (x, filters), grad)
     return task
 
 
@@ -230,14 +216,9 @@ def use_official_formula() -> None:
     dispatch._ON_CPU.clear()
 
 
-def _check_dtype(device: str, dtype: str) -> None:
-    if device == 'cpu' and dtype == 'bfloat16' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def _check_dtype(dtype: str) -> None:
+    if dtype == 'bfloat16' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise CannotRun('oneDNN has no bfloat16 on this processor')
-
-
-def _synchronize(x: torch.Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def make_task(work: str, **spec: Any) -> Task:
@@ -343,9 +324,7 @@ def serve(make: Callable[..., Task], spec: Spec) -> None:
     except Exception as error:
         traceback.print_exc()
         return answer(error=one_line(f'{type(error).__name__}: {error}'))
-    gpu = torch.cuda.is_initialized()
-    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else _peak_megabytes() - before
-    answer(megabytes=peak, first=first)
+    answer(megabytes=_peak_megabytes() - before, first=first)
     for _ in sys.stdin:
         times = []
         end = time.perf_counter() + TURN
@@ -370,8 +349,6 @@ def _peak_megabytes() -> float:
 
 
 def _reset_peak() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5')
 
@@ -380,14 +357,13 @@ def _reset_peak() -> None:
 
 
 def hardware() -> str:
-    """Processor, its instruction sets that matter here, threads, GPU and versions."""
+    """Processor, its instruction sets that matter here, threads and versions."""
     facts: Dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             name, _, value = line.partition(':')
             facts.setdefault(name.strip(), value.strip())
     sets = [name for name in INSTRUCTION_SETS if name in facts.get('flags', '').split()]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'
     versions = [f'Python {platform.python_version()}']
     for package in ('torch', 'timm', 'onnx', 'onnxruntime', 'openvino'):
         try:
@@ -395,7 +371,7 @@ def hardware() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f'no {package}')
     return (f'{facts.get("model name") or platform.processor() or platform.machine()} ({", ".join(sets) or "none"} of '
-            f'{", ".join(INSTRUCTION_SETS)}), {torch.get_num_threads()} threads; {gpu}; {", ".join(versions)}')
+            f'{", ".join(INSTRUCTION_SETS)}), {torch.get_num_threads()} threads; {", ".join(versions)}')
 
 
 if __name__ == '__main__':

@@ -162,7 +162,11 @@ def layer_gradients(
 ) -> str:
     """Errors against float64, in multiples of those that plain PyTorch makes in the same precision."""
     torch.manual_seed(1)
-    layer = shake(layer_type(shape[1])).to(device, memory_format=memory_format)
+    layer = shake(layer_type(shape[1]))
+    with torch.no_grad():  # the hidden values of se keep away from zero: rounding would switch a ReLU of so few
+        layer.se[1].weight.mul_(0.2)
+        layer.se[1].bias.copy_(1 - 2. * (torch.arange(len(layer.se[1].bias)) % 2))
+    layer = layer.to(device, memory_format=memory_format)
     x, grad = (torch.randn(shape, device=device).to(dtype).to(memory_format=memory_format) for _ in range(2))
     kwargs = dict(autocast=dtype) if autocast else {}
     if autocast:

@@ -1,4 +1,4 @@
-"""Speed of CoTNet against its rivals, on this machine: `python tests/benchmarks/speed.py`.
+"""Speed of CoTNet against its rivals, on this machine's CPU: `python tests/benchmarks/speed.py`.
 
 Both sides of a row run in turn, each network in a process of its own and in the memory format that suits it better;
 medians are compared. There is a row for each engine, and one in which each side has the engine that suits it best.
@@ -11,7 +11,6 @@ from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 import engines
 import timm
-import torch
 from engines import LAYOUTS, Result, Spec, take_turns
 
 CNN, HYBRID = ('cotnet50', 'resnet50'), ('se_cotnetd_101', 'resnest101e')
@@ -70,9 +69,9 @@ def engine_of(spec: Spec) -> str:
 
 
 def in_engines(names: Tuple[str, ...], **spec) -> List[Spec]:
-    """The spec in each engine, in both memory formats where it runs eagerly on the CPU."""
+    """The spec in each engine, in both memory formats where it runs eagerly."""
     return [dict(spec, engine=name, layout=layout) for name in names for layout in LAYOUTS
-            if layout == 'channels-last' or (name == 'eager' and spec.get('device') != 'cuda')]
+            if layout == 'channels-last' or name == 'eager']
 
 
 def in_layouts(**spec) -> List[Spec]:
@@ -100,7 +99,7 @@ def inference_races(table: str, batch: int) -> List[Race]:
 
 def all_races() -> List[Race]:
     """All that is measured, table by table."""
-    first, second, on_gpu = 'Inference, norms folded', 'Training step', 'On a GPU, bfloat16'
+    first, second = 'Inference, norms folded', 'Training step'
     third = 'Hybrid networks, the official formula, scaling'
     what, training = 'CoTNet-50 / ResNet-50', dict(work='training', batch=8)
     races = [*inference_races(first, 1), *inference_races(first, 8)]
@@ -130,29 +129,6 @@ def all_races() -> List[Race]:
     spec = dict(work='inference', name=CNN[0], batch=2)
     races.append(Race(third, 'CoTNet-50, inference, batch 2, 448 / 224', in_layouts(size=448, **spec),
                       in_layouts(size=224, **spec), {'': 4.2}))
-    return races + gpu_races(on_gpu)
-
-
-def gpu_races(table: str) -> List[Race]:
-    what, gpu = 'CoTNet-50 / ResNet-50, GPU', dict(device='cuda')
-    races = []
-    for batch, goals in ((256, {'eager': 1.0, BEST: 1.33}), (1, {'eager': 1.5})):
-        spec = dict(work='inference', batch=batch, dtype='bfloat16', **gpu)
-        sides = ([candidate for folded in (True, False)
-                  for candidate in in_engines(TRAINING, name=name, folded=folded, **spec)] for name in CNN)
-        races.append(Race(table, f'{what}, inference, batch {batch}', *sides, goals))
-    training = dict(work='training', batch=256, **gpu)
-    races.append(Race(
-        table, f'{what}, training step, batch 256', *(in_engines(TRAINING, name=name, **training) for name in CNN),
-        {'eager': 1.43, 'torch.compile': 1.43, 'eager, peak memory': 1.3}, memory=True))
-    races.append(Race(
-        table, 'CoTNet-50 / ResNeSt-50d, GPU, training step, batch 256', *(in_engines(
-            ('eager',), name=name, **training) for name in ('cotnet50', 'resnest50d')), {'': 0.5}))
-    for channels, side in STAGES:
-        spec = dict(work='operator', channels=channels, side=side, batch=256, dtype='bfloat16', **gpu)
-        races.append(Race(
-            table, f'local_conv / copy of its traffic, GPU, {channels} x {side} x {side}',
-            [dict(spec, function='local_conv')], [dict(spec, function='copy')], {'': 1.3}))
     return races
 
 
@@ -161,10 +137,7 @@ def run(rows: List[Row], seconds: float) -> List[Tuple[str, Optional[float]]]:
     race = rows[0].race
     wanted = {row.engine for row in rows}
     specs = [spec for spec in race.ours + race.other if None in wanted or engine_of(spec) in wanted]
-    if specs[0].get('device') == 'cuda' and not torch.cuda.is_available():
-        found = ['no GPU'] * len(specs)
-    else:
-        found = take_turns(engines.__file__, specs, seconds)
+    found = take_turns(engines.__file__, specs, seconds)
     lines = []
     for row in rows:
         sides = []
@@ -190,7 +163,6 @@ def best(results: List[Tuple[Spec, Union[Result, str]]], row: Row) -> Tuple[Opti
     value = result.milliseconds if row.unit == 'ms' else result.megabytes
     how = [engine_of(spec)] if row.engine is None and len({engine_of(s) for s, _ in results}) > 1 else []
     how += [spec['layout']] if 'layout' in spec and engine_of(spec) in PYTORCH else []
-    how += ['not folded'] if not spec.get('folded', True) else []
     return value, f'{value:.4g} {row.unit}', _join(*how)
 
 
