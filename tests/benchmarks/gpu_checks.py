@@ -17,6 +17,7 @@ from engines import CannotRun, official_local_conv
 from torch import nn
 
 from timm_cotnet import CotLayer, CoxtLayer, local_conv
+from timm_cotnet.ops.reference import local_conv_reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # golden numbers are a package beside this folder
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
@@ -121,7 +122,7 @@ def golden_network(name: str, training: bool, device: str) -> str:
 
 
 def plain_cot_layer(layer: CotLayer, x: torch.Tensor) -> torch.Tensor:
-    """What a CoT layer computes, child by child, the local convolution by the official formula."""
+    """What a CoT layer computes, child by child, the local convolution in float64 by the official formula."""
     B, C, H, W = x.shape
     static = layer.key_embed(x)
     both = [x, static.to(x.dtype)]
@@ -129,7 +130,8 @@ def plain_cot_layer(layer: CotLayer, x: torch.Tensor) -> torch.Tensor:
     value = layer.conv1x1(x)
     filters = filters.to(value.dtype).view(B, -1, layer.kernel_size ** 2, H, W)
     parts = zip(value.chunk(layer.groups, 1), filters.chunk(layer.groups, 1))
-    dynamic = torch.cat([official_local_conv(v, f, layer.kernel_size, layer.dilation) for v, f in parts], 1)
+    operator = official_local_conv if value.dtype == torch.float64 else local_conv_reference
+    dynamic = torch.cat([operator(v, f, layer.kernel_size, layer.dilation) for v, f in parts], 1)
     dynamic = layer.act(layer.bn(dynamic))
     attn = layer.se(dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True))
     attn = attn.view(B, C, 2, 1, 1).softmax(2).to(dynamic.dtype)

@@ -261,9 +261,10 @@ def measure_layer(
             continue
         run()
         outs = [run() for _ in range(4)]  # a graph for each backward
+        of_out = grad.to(outs[0].dtype)
 
-        def backward(outs=outs, inputs=inputs):
-            torch.autograd.grad(outs.pop(), inputs, grad)
+        def backward(outs=outs, inputs=inputs, of_out=of_out):
+            torch.autograd.grad(outs.pop(), inputs, of_out)
 
         for direction, task, amount in zip(('forward', 'backward'), (run, backward), amounts):
             found = kernels(task, args.device, 3)
