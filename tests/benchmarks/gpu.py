@@ -170,7 +170,7 @@ def line_of(row: Row, results: Results, gpu: str) -> Tuple[str, Optional[float]]
     cells, values = [], []
     for keys in ((row.ours,), row.rivals):
         found = [getattr(results[key], field) for key in keys if isinstance(results[key], Measured)]
-        if any(map(math.isnan, found)):
+        if any(map(math.isnan, found)) or 0. in found:
             return f'| {row.name} | not run: needs CUDA | | | | |', None
         values.append(min(found, default=None))
         unit = 'MB' if field == 'megabytes' else 'ms'

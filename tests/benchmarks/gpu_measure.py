@@ -221,6 +221,8 @@ def kernels(run: Task, device: str, repeat: int = 3) -> Dict[str, Tuple[float, f
             continue
         times[event.name] += time_us / 1e3 / repeat
         counts[event.name] += 1 / repeat
+    if not times:
+        raise CannotRun('the profiler sees no kernels')
     return {name: (ms, counts[name]) for name, ms in times.most_common()}
 
 
@@ -293,7 +295,7 @@ def as_json(result: Union[Measured, str]) -> object:
 
 def reason_of(error: BaseException) -> str:
     if not isinstance(error, (AssertionError, CannotRun)):
-        traceback.print_exception(type(error), error, error.__traceback__)
+        traceback.print_exception(type(error), error, error.__traceback__, limit=-3)
     return one_line(str(error) if isinstance(error, CannotRun) else f'{type(error).__name__}: {error}')
 
 
