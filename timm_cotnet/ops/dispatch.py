@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from . import onednn, plain
 from .reference import local_conv_reference
 from .shifted import LocalConvShifted
-from .triton import local_conv_triton, why_not_triton
+from .gpu.local_conv import local_conv_triton, why_not_triton
 from .watch import are_watched, is_traced
 
 try:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_cotnet.ops import triton as ops
+from timm_cotnet.ops.gpu import local_conv as ops
 from timm_cotnet.ops.reference import local_conv_reference
-from timm_cotnet.ops.triton import local_conv_triton, needs_64_bits, why_not_triton
+from timm_cotnet.ops.gpu.local_conv import local_conv_triton, needs_64_bits, why_not_triton
 
 from golden import golden_input, load
 
@@ -30,8 +30,8 @@ FORMATS = ('contiguous', 'channels_last', 'channels_last_taps_first')
 
 
 def set_config(monkeypatch, kernel, config):
-    """Make a kernel run with this configuration, where it would time several or, in the interpreter, take the first."""
-    if INTERPRETED:
+    """Make a kernel run with this configuration, where it would take another or, if told to, time several."""
+    if hasattr(kernel, 'values'):
         values = {name: lambda args, value=value: value for name, value in config.kwargs.items()}
         monkeypatch.setattr(kernel, 'values', values)
     else:
@@ -42,9 +42,9 @@ def set_config(monkeypatch, kernel, config):
 def small_tiles(monkeypatch):
     """Small images then have several tiles; it is also faster."""
     triton = pytest.importorskip('triton', reason='Triton is not installed')
-    from timm_cotnet.ops import triton_kernels
-    set_config(monkeypatch, triton_kernels.weighted_sum_kernel, triton.Config({'FILTERS': 128, 'M_AXIS': 0}))
-    set_config(monkeypatch, triton_kernels.weight_grad_kernel, triton.Config({'FILTERS': 128}))
+    from timm_cotnet.ops.gpu import local_conv_kernels
+    set_config(monkeypatch, local_conv_kernels.weighted_sum_kernel, triton.Config({'FILTERS': 128, 'M_AXIS': 0}))
+    set_config(monkeypatch, local_conv_kernels.weight_grad_kernel, triton.Config({'FILTERS': 128}))
 
 
 def inputs(B, C, G, H, W, k, dtype=torch.float64, memory_format='contiguous', seed=0):
@@ -129,10 +129,10 @@ def test_shapes(B, C, G, H, W, k, dilation, memory_format):
 @pytest.mark.parametrize('config', range(4))
 def test_configs(config, memory_format, monkeypatch):
     """Whatever the autotuner may choose."""
-    from timm_cotnet.ops import triton_kernels
-    config, grad_config = triton_kernels.WEIGHTED_SUM_CONFIGS[config], triton_kernels.WEIGHT_GRAD_CONFIGS[config % 3]
-    set_config(monkeypatch, triton_kernels.weighted_sum_kernel, config)
-    set_config(monkeypatch, triton_kernels.weight_grad_kernel, grad_config)
+    from timm_cotnet.ops.gpu import local_conv_kernels
+    config, grad_config = local_conv_kernels.WEIGHTED_SUM_CONFIGS[config], local_conv_kernels.WEIGHT_GRAD_CONFIGS[config % 3]
+    set_config(monkeypatch, local_conv_kernels.weighted_sum_kernel, config)
+    set_config(monkeypatch, local_conv_kernels.weight_grad_kernel, grad_config)
     assert_like_reference(*inputs(1, 12, 2, 9, 5, 3, torch.float32, memory_format), 3, 1)
 
 
@@ -315,7 +315,7 @@ def test_why_not(monkeypatch):
         with pytest.raises(RuntimeError, match='not on cpu|Triton cannot be imported'):
             local_conv_triton(x, torch.zeros(1, 1, 9, 3, 3), 3, 1)
     ops._why_not_device.cache_clear()
-    monkeypatch.setitem(sys.modules, 'timm_cotnet.ops.triton_kernels', None)
-    monkeypatch.delattr(sys.modules['timm_cotnet.ops'], 'triton_kernels', raising=False)
+    monkeypatch.setitem(sys.modules, 'timm_cotnet.ops.gpu.local_conv_kernels', None)
+    monkeypatch.delattr(sys.modules['timm_cotnet.ops.gpu'], 'local_conv_kernels', raising=False)
     assert 'Triton cannot be imported' in why_not_triton(x)
     ops._why_not_device.cache_clear()

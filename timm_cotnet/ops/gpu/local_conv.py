@@ -1,4 +1,4 @@
-"""Local convolution on CUDA and ROCm, eagerly: `torch.library` operators around the kernels of `triton_kernels.py`.
+"""Local convolution on CUDA and ROCm, eagerly: `torch.library` operators around the kernels of `local_conv_kernels.py`.
 
 The operator is linear in x, in the filters and, contracted with an output gradient, in that: it is one trilinear form.
 Its three partial derivatives are the three operators here, so the derivative of each is made of the other two, to any
@@ -27,10 +27,10 @@ def why_not_triton(x: torch.Tensor) -> Optional[str]:
 @functools.lru_cache(maxsize=None)
 def _why_not_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
     try:
-        from . import triton_kernels
+        from . import local_conv_kernels
     except Exception as error:  # also a Triton that is there but broken: it costs speed only
         return f'Triton cannot be imported ({type(error).__name__}: {error})'
-    if triton_kernels.INTERPRETED:
+    if local_conv_kernels.INTERPRETED:
         return None
     if device.type != 'cuda':
         return f'Triton kernels run on CUDA and ROCm devices, not on {device.type}'
@@ -38,7 +38,7 @@ def _why_not_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
         return 'bfloat16 kernels need compute capability 8.0'
     try:  # a missing C compiler, missing Python headers or an unsupported device show only when something is launched
         with torch.cuda.device(device):
-            triton_kernels.probe_kernel[(1,)](torch.empty(1, device=device))
+            local_conv_kernels.probe_kernel[(1,)](torch.empty(1, device=device))
     except Exception as error:
         return f'Triton cannot launch a kernel on {device} ({type(error).__name__}: {error})'
     return None
@@ -194,7 +194,7 @@ def _launch(
     reason = _why_not_device(a.device, a.dtype)
     if reason is not None:
         raise RuntimeError(f'local_conv: {reason}')
-    from . import triton_kernels
+    from . import local_conv_kernels
 
     B, C, H, W = a.shape
     G = weight.shape[1]
@@ -214,7 +214,7 @@ def _launch(
         return (B * -(-G // BLOCK_G) * -(-H // BLOCK_H) * -(-W // BLOCK_W),)
 
     with torch.cuda.device_of(a):
-        getattr(triton_kernels, name)[grid](
+        getattr(local_conv_kernels, name)[grid](
             a, b, out, *strides_a, *strides_b, *strides_out, H, W, dilation,
             M=M,
             G=G,
@@ -228,7 +228,7 @@ def _launch(
             ALIGN_B=align_b,
             ALIGN_OUT=align_out,
             WIDE=needs_64_bits(a, b, out),
-            ACC=triton_kernels.accumulator(a.dtype),
+            ACC=local_conv_kernels.accumulator(a.dtype),
             **flags,
         )
 
