@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer, SplitAttnBottleneck
-from timm_cotnet.ops import dispatch
+from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.shifted import LocalConvShifted
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -77,7 +77,7 @@ def implementations(module, *args):
 
 def has_kernels():
     """Whether the wing is there, and can compile its kernels here."""
-    return dispatch.cpu is not None and dispatch.cpu.why_not(torch.float32) is None
+    return conditions.cpu is not None and conditions.cpu.why_not(torch.float32) is None
 
 
 class Lora(nn.Module):
@@ -182,7 +182,7 @@ class _wing:
         self.wing, self.patch = wing, pytest.MonkeyPatch()
 
     def __enter__(self):
-        self.patch.setattr(dispatch, 'cpu', self.wing)
+        self.patch.setattr(conditions, 'cpu', self.wing)
         return self.wing
 
     def __exit__(self, *_):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_cotnet
 from timm_cotnet import CoTAttention, CotLayer, explain, local_conv
-from timm_cotnet.ops import dispatch
+from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.dispatch import Choice, StandIn, choose_local_conv, known_as, recorded, stand_in
 
 from helpers import FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, plain_wing
@@ -99,10 +99,10 @@ def test_recorded_lasts_as_long_as_its_block():
 
 
 def test_every_kind_in_the_table_is_known():
-    assert {*dispatch._ON_CPU, *dispatch._ANYWHERE} <= set(dispatch._KINDS.values())
+    assert {*dispatch._ON_CPU, *dispatch._ON_GPU, *dispatch._ANYWHERE} <= set(dispatch._KINDS.values())
     assert set(dispatch._KINDS.values()) == {
-        'bottleneck', 'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention', 'folded_bottleneck',
-        'folded_stage'}
+        'avg_pool', 'bottleneck', 'cot_layer', 'cot_attention', 'folded_cot_layer', 'folded_cot_attention',
+        'folded_bottleneck', 'folded_stage'}
 
 
 # Reasons
@@ -210,7 +210,7 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'no statistics': (replaced('bn', nn.BatchNorm2d(32, track_running_stats=False)), 'does not use and average'),
     'momentum': (replaced('se.1', nn.BatchNorm2d(32, momentum=None)), 'does not use and average'),
     'statistic': (lambda m: m.bn._buffers.update(running_mean=m.bn.running_mean.double()), 'a weight or running stat'),
-    'strides': (lambda m: m.bn._buffers.update(running_var=torch.ones(64)[::2]), 'is not a plain contiguous float32'),
+    'strides': (lambda m: m.bn._buffers.update(running_var=torch.ones(64)[::2]), 'is not a plain contiguous tensor'),
     'filters': (replaced('embed.4', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
     'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, groups=2)), 'se is not made of two 1x1 convolutions'),
     'mixing bias': (replaced('se.3', nn.Conv2d(32, 64, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
@@ -357,7 +357,7 @@ def test_reasons_of_article_modules():
 
 
 def test_reason_without_the_folder(monkeypatch):
-    monkeypatch.setattr(dispatch, 'cpu', None)
+    monkeypatch.setattr(conditions, 'cpu', None)
     x = channels_last(3, 32, 6, 7)
     assert reason(CotLayer(32), x, TRAIN) == 'the package has no folder ops/cpu'
     assert reason(create('CotBottleneck'), channels_last(3, 16, 6, 7), NORMS) == 'the package has no folder ops/cpu'
@@ -406,7 +406,7 @@ def test_installed_kernels_are_taken():
         assert implementations(layer.eval(), x)[0] == [OWN]
         folded = fold(layer)
         for dtype in (torch.float32, torch.bfloat16):
-            if dispatch.onednn.why_not_packed(dtype) is None and dispatch.cpu.why_not(dtype) is None:
+            if dispatch.onednn.why_not_packed(dtype) is None and conditions.cpu.why_not(dtype) is None:
                 with torch.no_grad():
                     assert implementations(folded.to(dtype), x.to(dtype))[0] == [FOLDED]
                 assert implementations(folded, x.to(dtype))[0] == [OWN]
@@ -544,7 +544,7 @@ def test_explain_names_layers_and_reasons():
 
 
 def test_explain_without_the_folder(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, 'cpu', None)
+    monkeypatch.setattr(conditions, 'cpu', None)
     explain(CotLayer(16), channels_last(2, 16, 4, 5))
     assert capsys.readouterr().out.splitlines() == [
         f'CotLayer  {OWN}',
@@ -589,9 +589,9 @@ import torch
 from golden import filled, golden_input, load
 import timm_cotnet
 from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
-from timm_cotnet.ops import dispatch
+from timm_cotnet.ops import conditions
 from timm.utils import reparameterize_model
-assert dispatch.cpu is None and timm_cotnet.__file__.startswith({folder!r}), timm_cotnet.__file__
+assert conditions.cpu is None and timm_cotnet.__file__.startswith({folder!r}), timm_cotnet.__file__
 data = load('layers')
 for tag, layer in (
         ('cot_dim64_k3', CotLayer(64)), ('coxt_dim96_k3', CoxtLayer(96)), ('seed_dim64_k3', CoTAttention(64))):

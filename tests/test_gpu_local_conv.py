@@ -129,10 +129,9 @@ def test_shapes(B, C, G, H, W, k, dilation, memory_format):
 @pytest.mark.parametrize('config', range(4))
 def test_configs(config, memory_format, monkeypatch):
     """Whatever the autotuner may choose."""
-    from timm_cotnet.ops.gpu import local_conv_kernels
-    config, grad_config = local_conv_kernels.WEIGHTED_SUM_CONFIGS[config], local_conv_kernels.WEIGHT_GRAD_CONFIGS[config % 3]
-    set_config(monkeypatch, local_conv_kernels.weighted_sum_kernel, config)
-    set_config(monkeypatch, local_conv_kernels.weight_grad_kernel, grad_config)
+    from timm_cotnet.ops.gpu import local_conv_kernels as module
+    set_config(monkeypatch, module.weighted_sum_kernel, module.WEIGHTED_SUM_CONFIGS[config])
+    set_config(monkeypatch, module.weight_grad_kernel, module.WEIGHT_GRAD_CONFIGS[config % 3])
     assert_like_reference(*inputs(1, 12, 2, 9, 5, 3, torch.float32, memory_format), 3, 1)
 
 

@@ -22,7 +22,7 @@ from timm.models.resnet import ResNet, downsample_avg, drop_blocks
 
 from .deploy import FirstStage, Stage, fold_bottleneck
 from .hub import HUB_NAMESPACE, WEIGHTS_NAME
-from .layers import CotLayer, CoxtLayer, factory_kwargs
+from .layers import AvgPool2d, CotLayer, CoxtLayer, factory_kwargs
 from .ops.dispatch import known_as
 from .pretrained import CheckedLoading, build_pretrained, hook_config_loader
 from .published import PUBLISHED
@@ -96,7 +96,7 @@ class CotBottleneck(nn.Module):
         if stride == 1:
             return nn.Identity(), conv2, nn.Identity()
         if aa_layer is None:
-            return nn.AvgPool2d(3, stride, padding=1), conv2, nn.Identity()
+            return AvgPool2d(3, stride, padding=1), conv2, nn.Identity()
         return nn.Identity(), conv2, create_aa(aa_layer, channels=width, stride=stride, **dd)
 
     def zero_init_last(self) -> None:

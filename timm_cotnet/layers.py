@@ -8,6 +8,7 @@ agree key for key, and every child gets what it gets there. What computes the sa
 from typing import Any, Callable, Dict, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .deploy import fold_attention, fold_cot_layer
@@ -174,6 +175,20 @@ class CoTAttention(nn.Module):
     def fuse(self) -> nn.Module:
         """The module with folded batch norms, for evaluation (called by timm's `reparameterize_model`)."""
         return fold_attention(self) if type(self) is CoTAttention else self
+
+
+@known_as('avg_pool')
+class AvgPool2d(nn.AvgPool2d):
+    """`nn.AvgPool2d` whose gradient is right on a GPU too: (B, C, H, W) -> (B, C, H', W').
+
+    That of PyTorch is silently wrong there for channels-last images with padding, until a fix in 2026
+    (https://github.com/pytorch/pytorch/issues/188344). Arguments as those of `nn.AvgPool2d`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(
+            x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
+            self.divisor_override)
 
 
 def _check_dim(name: str, dim: int, multiple: int) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from engines import CannotRun, Result, Spec, Task, take_turns
 
-from timm_cotnet.ops import dispatch, onednn
+from timm_cotnet.ops import conditions, dispatch, onednn
 from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
 
 OPS = Path(dispatch.__file__).parent
@@ -55,7 +55,7 @@ def _contexts_by_definition() -> None:
         filters = logits.shape[1] // kernel_size ** 2
         s = ContextsSettings(kernel_size, dilation, groups, filters, filter_eps=filter_eps)
         return contexts(value, logits, static, p, s)
-    _replace(dispatch.cpu.stand_ins, 'contexts_folded', contexts_folded)
+    _replace(conditions.cpu.stand_ins, 'contexts_folded', contexts_folded)
 
 
 def _without_norms() -> None:
@@ -65,13 +65,13 @@ def _without_norms() -> None:
         if residual is not None:
             out += residual
         return torch.relu_(out)
-    _replace(dispatch.cpu.stand_ins, '_norm_act', norm_act)
+    _replace(conditions.cpu.stand_ins, '_norm_act', norm_act)
 
 
 def _without_pointwise() -> None:
     """1x1 convolutions are PyTorch's in training, with its gradients."""
-    _replace(dispatch.cpu.stand_ins, 'pointwise', F.conv2d)
-    _replace(dispatch.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
+    _replace(conditions.cpu.stand_ins, 'pointwise', F.conv2d)
+    _replace(conditions.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
 
 
 def _replace(module: ModuleType, name: str, value: object) -> None:
@@ -104,7 +104,7 @@ PARTS = [
     Part('C kernels of batch norms in training', _without_norms, TRAINING,
          ('cpu/batch_norm.c', 'cpu/batch_norm.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
     Part('products of matrices for gradients of 1x1 convolutions', _without_pointwise, TRAINING, ('pointwise.py',)),
-    Part('C local convolution', lambda: _replace(dispatch, '_why_not_native_local_conv', lambda *args: 'left out'),
+    Part('C local convolution', lambda: _replace(conditions, 'why_not_native_local_conv', lambda *args: 'left out'),
          OWN_LOCAL_CONV, ('cpu/local_conv.c', 'cpu/local_conv.py'), ('cpu/build.py',)),
 ]
 
@@ -112,7 +112,7 @@ PARTS = [
 def make_task(without: List[str], **spec) -> Task:
     """The task of a spec in this process, which from now on works without these parts."""
     dtype = getattr(torch, spec.get('dtype', 'float32'))
-    reason = 'ops/cpu is missing' if dispatch.cpu is None else dispatch.cpu.why_not(dtype)
+    reason = 'ops/cpu is missing' if conditions.cpu is None else conditions.cpu.why_not(dtype)
     if reason is not None:
         raise CannotRun(reason)
     for part in PARTS:

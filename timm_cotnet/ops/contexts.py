@@ -6,6 +6,7 @@ folded, they are gone or a shift is left of them. `dispatch.py` says what may st
 """
 from typing import NamedTuple, Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,3 +92,11 @@ def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor) -> Tensor:
     B, C = dynamic.shape[0], dynamic.shape[1]
     weights = attn.view(B, C, 2, 1, 1).softmax(2).to(dynamic.dtype)
     return dynamic * weights[:, :, 0] + static.to(dynamic.dtype) * weights[:, :, 1]
+
+
+def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:
+    """grad in dtype and memory as a parameter is: distributed training compares strides, of single elements too."""
+    if grad.shape == parameter.shape and grad.stride() == parameter.stride():
+        return grad.to(parameter.dtype)
+    like = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=grad.device)
+    return like.copy_(grad)

@@ -134,7 +134,6 @@ class TrainContexts(torch.autograd.Function):
         ctx.settings = definition.ContextsSettings(
             layer.kernel_size, layer.dilation, layer.groups, group_norm.num_groups,
             value_bn.eps, group_norm.eps, bn.eps, layer.se[1].eps)
-        ctx.strides = [p.stride() for p in parameters[6:]]
         B, C = value.shape[:2]
         tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
         out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
@@ -182,7 +181,7 @@ class TrainContexts(torch.autograd.Function):
         pool_grad = grad_pooled / value[0, 0].numel()
         native.set(pool_grad=pool_grad)
         native.call('contexts_backward')
-        se_grads = map(_with_strides, se_grads, ctx.strides)
+        se_grads = map(definition.gradient_like, se_grads, saved[14:])
         return grad_value, grad_logits, grad_static, None, *norm_grads, *se_grads
 
     @staticmethod
@@ -222,8 +221,3 @@ def _se_gradients(pooled: Tensor, parameters: List[Tensor], eps: float, grad: Te
         x = F.relu(F.batch_norm(x, None, None, weight, bias, True, 0., eps))
         attn = _static_weight(F.linear(x, weight2.flatten(1), bias2))
         return torch.autograd.grad(attn, inputs, grad)
-
-
-def _with_strides(x: Tensor, strides) -> Tensor:
-    """x in memory as a parameter is: distributed training compares the strides, those of single elements included."""
-    return x if x.stride() == strides else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)

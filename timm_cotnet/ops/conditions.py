@@ -1,0 +1,447 @@
+"""What stand-ins know, and the reasons why one cannot take a module or an input: the conditions of `dispatch.py`.
+
+Each is stated once. A function `why_not_...(module, x)` gives a reason, or None if there is none.
+"""
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import onednn
+from .gpu.local_conv import why_not_triton
+from .watch import are_watched, is_traced
+
+try:
+    from . import cpu  # the only import of that folder, without which all works
+except ImportError:
+    cpu = None
+
+KINDS: Dict[type, str] = {}  # what `dispatch.known_as` was told
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# Conditions: surroundings and tensors
+
+
+def _why_not_now(x: Tensor, dtypes: Tuple[torch.dtype, ...], training: bool) -> Optional[str]:
+    """Why kernels of the CPU for training, or those for inference, cannot take x now."""
+    reason = _why_not_watched(x, dtypes, training)
+    if reason is None and training and not x.is_contiguous(memory_format=torch.channels_last):
+        return 'x is not channels-last'
+    if reason is None and torch.is_autocast_enabled('cpu'):
+        return 'autocast chooses the dtypes'
+    return reason
+
+
+def _why_not_on_gpu(x: Tensor, training: bool) -> Optional[str]:
+    """Why kernels of a GPU cannot take x now."""
+    if torch.compiler.is_compiling():
+        return 'a compiler or exporter wants plain operators'
+    reason = _why_not_watched(x, _FLOATS, training)
+    if reason is None and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if x.dtype not in (torch.float32, dtype) or dtype not in (torch.bfloat16, torch.float16):
+            return f'autocast to {dtype} of an x in {x.dtype}'
+    return reason or why_not_triton(x)
+
+
+def _why_not_watched(x: Tensor, dtypes: Tuple[torch.dtype, ...], training: bool) -> Optional[str]:
+    if torch.compiler.is_compiling():
+        # PyTorch 2.6 cannot tell what it compiles for
+        if training or not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting():
+            return 'a compiler or exporter wants plain operators'
+    elif is_traced(x):
+        return 'a tracer, functorch transform or dispatch mode watches operators, or x is a tensor subclass'
+    elif x.layout != torch.strided or x.is_neg():
+        return 'x is not a dense tensor'
+    if x.dtype not in dtypes:
+        return f'x is {x.dtype}, not {" or ".join(map(str, dtypes))}'
+    if x.ndim != 4 or x.numel() == 0:
+        return f'x of shape {tuple(x.shape)} is empty or has not 4 dimensions'
+    if torch.is_grad_enabled() != training:
+        return 'no gradient is wanted (torch.no_grad)' if training else 'a gradient may be wanted (no torch.no_grad)'
+    if forward_ad._current_level >= 0:
+        return 'the kernels have no forward-mode derivative'
+    return None
+
+
+def why_not_native_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Optional[str]:
+    if cpu is None:
+        return _NO_WING
+    if kernel_size > cpu.MAX_KERNEL_SIZE:
+        return f'kernel_size is {kernel_size}, more than {cpu.MAX_KERNEL_SIZE}'
+    if not x.is_contiguous(memory_format=torch.channels_last) or not weight.permute(0, 3, 4, 1, 2).is_contiguous():
+        return 'x or its filters are not channels-last'
+    if forward_ad._current_level >= 0:
+        return 'the kernels have no forward-mode derivative'
+    return cpu.why_not(x.dtype)
+
+
+# Conditions: modules
+
+
+class _Part(NamedTuple):
+    """What a stand-in knows of one module below another."""
+    parent: int  # in the list of those found before, of which the first is the whole
+    name: str
+    path: str
+    type: type
+    size: int  # number of children of an `nn.Sequential`
+
+
+def _parts(**children: object) -> List[_Part]:
+    """The parts of a module, of each its exact type, or a list of those of the children of an `nn.Sequential`."""
+    rows = []
+    for name, kind in children.items():
+        if isinstance(kind, list):
+            rows.append(_Part(0, name, name, nn.Sequential, len(kind)))
+            parent = len(rows)
+            rows.extend(_Part(parent, str(i), f'{name}.{i}', of_child, 0) for i, of_child in enumerate(kind))
+        else:
+            rows.append(_Part(0, name, name, kind, 0))
+    return rows
+
+
+_COT_LAYER = _parts(
+    key_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU],
+    embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.GroupNorm],
+    conv1x1=[nn.Conv2d, nn.BatchNorm2d],
+    bn=nn.BatchNorm2d,
+    act=nn.SiLU,
+    se=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d],
+)
+_BOTTLENECK = _parts(  # the others are called
+    conv1=nn.Conv2d, bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, conv3=nn.Conv2d, bn3=nn.BatchNorm2d,
+    act3=nn.ReLU)
+_FOLDED_COT_LAYER = _parts(
+    key_embed=[nn.Conv2d, nn.ReLU],
+    query=nn.Conv2d,
+    key=nn.Conv2d,
+    embed=[nn.ReLU, nn.Conv2d, nn.GroupNorm],
+    value=[nn.Conv2d],
+    act=[nn.SiLU],
+    se=[nn.Conv2d, nn.ReLU, nn.Conv2d],
+)
+_FOLDED_BOTTLENECK = _parts(conv1=nn.Conv2d, act1=[nn.ReLU], conv3=nn.Conv2d, act3=nn.ReLU)
+_COT_ATTENTION = _parts(
+    key_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU],
+    value_embed=[nn.Conv2d, nn.BatchNorm2d],
+    attention_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d],
+)
+_WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)
+_NO_WING = 'the package has no folder ops/cpu'
+
+
+def _find(
+        module: nn.Module,
+        parts: List[_Part],
+        like: Optional[Tensor],
+        any_float: bool = False,
+) -> Union[str, Dict[str, nn.Module]]:
+    """The parts of a module by their paths, or why they are not what a stand-in knows.
+
+    Each has exactly its type, no hooks and no forward of its own. All parameters are plain tensors, like the one given
+    if there is one; if any_float in any floating dtype.
+    """
+    if are_watched([]):
+        return 'hooks watch all modules'
+    found, by_path = [module], {}
+    for parent, name, path, kind, size in parts:
+        child = found[parent]._modules.get(name)
+        if type(child) is not kind:
+            return f'{path} is a {type(child).__name__}, not a {kind.__name__}'
+        own = child.__dict__  # read often: `nn.Module` takes long to look up attributes
+        if size and len(own['_modules']) != size:
+            return f'{path} is not a sequence of {size} modules'
+        if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'] \
+                or 'forward' in own:
+            return f'hooks watch {path}, or its forward is another one'
+        if kind is nn.Conv2d and (child.padding_mode != 'zeros' or type(child.padding) is str):
+            return f'{path} does not pad by a number of zeros'
+        parameters = own['_parameters']
+        if kind in _WEIGHTED and 'weight' not in parameters:
+            return f'the weight of {path} is computed whenever it is read'
+        for parameter in parameters.values():
+            if parameter is not None and like is not None and not _is_plain(parameter, like, any_float):
+                return f'a parameter of {path} is not a plain {like.dtype} tensor on {like.device.type}'
+        found.append(child)
+        by_path[path] = child
+    return by_path
+
+
+def _is_plain(tensor: Tensor, like: Tensor, any_float: bool = False) -> bool:
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided \
+        and (tensor.dtype == like.dtype or any_float and tensor.dtype in _FLOATS) \
+        and (tensor.is_cpu if like.is_cpu else tensor.device == like.device)
+
+
+def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == groups
+
+
+def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int) -> bool:
+    return (
+        _is_pointwise(first, 1) and _is_pointwise(second, 1) and first.bias is not None and second.bias is not None
+        and second.out_channels == 2 * dim == 2 * first.in_channels
+    )
+
+
+def why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _NO_WING if cpu is None else _why_not_now(x, (torch.float32,), training=True)
+    if reason is not None:
+        return reason
+    m = _find(layer, _COT_LAYER, x)
+    if isinstance(m, str):
+        return m
+    B = x.shape[0]
+    return (
+        _why_not_training(layer, m, x)
+        or (f'kernel_size is {layer.kernel_size}, more than {cpu.MAX_KERNEL_SIZE}'
+            if layer.kernel_size > cpu.MAX_KERNEL_SIZE else None)
+        or (f'{torch.get_num_threads()} threads share {B} images' if 4 * B < torch.get_num_threads() else None)
+        or cpu.why_not(x.dtype)
+    )
+
+
+def why_not_train_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_on_gpu(x, training=True)
+    if reason is not None:
+        return reason
+    m = _find(layer, _COT_LAYER, x, any_float=True)
+    if isinstance(m, str):
+        return m
+    key, C = m['key_embed.0'], x.shape[1]
+    if key.bias is not None or key.stride != (1, 1) or key.out_channels != C or key.in_channels != C \
+            or m['embed.0'].out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
+        return 'a convolution has other sizes than the layer gives it, or key_embed.0 has a bias'
+    return _why_not_training(layer, m, x, any_float=True) or _why_not_32_bits(x, m['embed.3'].out_channels)
+
+
+def _why_not_32_bits(x: Tensor, channels: int) -> Optional[str]:
+    if x.numel() // x.shape[1] * channels >= 2 ** 31:
+        return f'{x.numel() // x.shape[1]} pixels of {channels} channels are too many for 32 bits'
+    return None
+
+
+def _why_not_training(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor, any_float: bool = False) -> Optional[str]:
+    """Whether the convolutions and norms of a CoT layer are those that kernels for training know."""
+    B, C, H, W = x.shape
+    norms = m['conv1x1.1'], m['bn'], m['se.1'], m['key_embed.1'], m['embed.1']
+    reason = _why_not_convs(layer, m, x)
+    if reason is not None:
+        return reason
+    for norm in norms:
+        reason = _why_not_train_norm(norm, x, any_float)
+        if reason is not None:
+            return reason
+    return (
+        _why_not_filters(layer, m['embed.3'], m['embed.4'], C)
+        or ('one value has no variance' if B * H * W == 1 else None)
+    )
+
+
+def _why_not_convs(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Optional[str]:
+    C = x.shape[1]
+    if not all(_is_pointwise(m[path], layer.groups) for path in ('embed.0', 'embed.3', 'conv1x1.0')):
+        return 'embed.0, embed.3 or conv1x1.0 is not a 1x1 convolution with the groups of the layer'
+    if not _is_mixing(m['se.0'], m['se.3'], C):
+        return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
+    if m['embed.0'].bias is not None or m['embed.0'].in_channels != 2 * C or not m['embed.0'].weight.is_contiguous():
+        return 'embed.0 has a bias or filters that are not contiguous, or does not read x and the static context'
+    if not m['conv1x1.1'].num_features == m['bn'].num_features == C == m['conv1x1.0'].out_channels \
+            or m['conv1x1.0'].bias is not None:
+        return 'values or their norms have not as many channels as x, or their convolution has a bias'
+    return None
+
+
+def why_not_infer_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_on_gpu(x, training=False)
+    if reason is not None:
+        return reason
+    m = _find(layer, _COT_LAYER, x, any_float=True)
+    if isinstance(m, str):
+        return m
+    for path in ('key_embed.1', 'embed.1', 'conv1x1.1', 'bn', 'se.1'):
+        reason = _why_not_eval_norm(m[path], x)
+        if reason is not None:
+            return reason
+    return (
+        _why_not_convs(layer, m, x) or _why_not_filters(layer, m['embed.3'], m['embed.4'], x.shape[1])
+        or _why_not_32_bits(x, m['embed.3'].out_channels))
+
+
+def _why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor) -> Optional[str]:
+    if norm.training or not norm.affine or norm.running_mean is None or norm.running_var is None:
+        return 'a batch norm does not use running statistics, or has no weight'
+    return None
+
+
+def why_not_infer_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_on_gpu(x, training=False)
+    if reason is not None:
+        return reason
+    m = _find_bottleneck(block, x, any_float=True)
+    if isinstance(m, str):
+        return m
+    return _why_not_eval_norm(m['bn1'], x) or _why_not_eval_norm(m['bn3'], x) \
+        or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
+
+
+def why_not_folded_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_on_gpu(x, training=False) or _why_not_cudnn(x)
+    if reason is not None:
+        return reason
+    m = _find(layer, _FOLDED_COT_LAYER, x)
+    if isinstance(m, str):
+        return m
+    return _why_not_folded(layer, m, x) or _why_not_32_bits(x, m['embed.1'].out_channels)
+
+
+def _why_not_cudnn(x: Tensor) -> Optional[str]:
+    if x.dtype == torch.float64 or not torch.backends.cudnn.enabled or not torch.backends.cudnn.is_available():
+        return f'cuDNN is turned off, or has no convolution with ReLU for {x.dtype}'
+    if torch.is_autocast_enabled(x.device.type):
+        return 'autocast chooses the dtypes'
+    return None
+
+
+def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_on_gpu(x, training=False) or _why_not_cudnn(x)
+    if reason is not None:
+        return reason
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return 'x is not channels-last'
+    m = _find(block, _FOLDED_BOTTLENECK, x)
+    return m if isinstance(m, str) else None
+
+
+def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool = False) -> Optional[str]:
+    if not (norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
+        return 'a batch norm does not use and average the statistics of the batch, or has no weight'
+    if not all(_is_plain(t, x, any_float) and t.is_contiguous() and len(t) == norm.num_features
+               for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)):
+        return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
+    return None
+
+
+def _why_not_filters(layer: nn.Module, attn: nn.Conv2d, norm: nn.GroupNorm, channels: int) -> Optional[str]:
+    """For what makes the filters, and their norm."""
+    taps = layer.kernel_size ** 2
+    if not (attn.bias is not None and norm.weight is not None and norm.bias is not None
+            and attn.out_channels == norm.num_channels == norm.num_groups * taps
+            and norm.num_groups % layer.groups == 0 and channels % norm.num_groups == 0):
+        return 'filters or their norm have other sizes than the layer gives them'
+    return None
+
+
+def _why_not_inference(x: Tensor) -> Optional[str]:
+    return _why_not_now(x, (torch.float32, torch.bfloat16), training=False) or onednn.why_not_packed(x.dtype)
+
+
+def why_not_folded_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _NO_WING if cpu is None else _why_not_inference(x)
+    if reason is not None:
+        return reason
+    m = _find(layer, _FOLDED_COT_LAYER, x)
+    if isinstance(m, str):
+        return m
+    if layer.kernel_size > cpu.MAX_KERNEL_SIZE:
+        return f'kernel_size is {layer.kernel_size}, more than {cpu.MAX_KERNEL_SIZE}'
+    return _why_not_folded(layer, m, x) or cpu.why_not(x.dtype)
+
+
+def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Optional[str]:
+    """Whether the parts of a folded CoT layer are those that kernels know."""
+    C = x.shape[1]
+    if not all(_is_pointwise(m[path], layer.groups) for path in ('query', 'key', 'embed.1', 'value.0')):
+        return 'query, key, embed.1 or value.0 is not a 1x1 convolution with the groups of the layer'
+    if not _is_mixing(m['se.0'], m['se.2'], C):
+        return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
+    if m['value.0'].out_channels != C or layer.scale is not None \
+            or not _is_plain(layer.shift, x) or layer.shift.shape != (C,):
+        return 'values have not as many channels as x, or more than a shift is left of the norm behind the filters'
+    return _why_not_filters(layer, m['embed.1'], m['embed.2'], C)
+
+
+def why_not_folded_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_inference(x)
+    if reason is not None:
+        return reason
+    m = _find(block, _FOLDED_BOTTLENECK, x)
+    return m if isinstance(m, str) else None
+
+
+def why_not_folded_stage(stage: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_inference(x)
+    if reason is not None:
+        return reason
+    for name, block in stage._modules.items():
+        if KINDS.get(type(block)) != 'folded_bottleneck':
+            return f'{name} is a {type(block).__name__}, not a folded bottleneck'
+        if are_watched([block], children=False):
+            return f'hooks watch {name}, or its forward is another one'
+        m = _find(block, _FOLDED_BOTTLENECK, x)
+        if isinstance(m, str):
+            return f'{name}: {m}'
+    return None
+
+
+def why_not_train_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _NO_WING if cpu is None else _why_not_now(x, (torch.float32,), training=True)
+    if reason is not None:
+        return reason
+    m = _find_bottleneck(block, x)
+    if isinstance(m, str):
+        return m
+    if not (_is_pointwise(m['conv1'], 1) and _is_pointwise(m['conv3'], 1)):
+        return 'conv1 or conv3 is not a 1x1 convolution of one group'
+    return _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or cpu.why_not(x.dtype)
+
+
+def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:
+    reason = _why_not_on_gpu(x, training=True)
+    if reason is not None:
+        return reason
+    m = _find_bottleneck(block, x, any_float=True)
+    if isinstance(m, str):
+        return m
+    return _why_not_train_norm(m['bn1'], x, any_float=True) or _why_not_train_norm(m['bn3'], x, any_float=True) \
+        or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
+
+
+def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False) -> Union[str, Dict[str, nn.Module]]:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return 'x is not channels-last'
+    if block.se is not None or block.drop_path is not None:
+        return 'the block has an attention module behind its norm, or stochastic depth'
+    return _find(block, _BOTTLENECK, x, any_float)
+
+
+def why_not_pool(module: nn.Module, x: Tensor) -> Optional[str]:
+    """Why no kernel pools x, of any mode."""
+    return why_not_padded_pool(module, x, any_padding=True) or (
+        'the kernels have no forward-mode derivative' if forward_ad._current_level >= 0 else why_not_triton(x))
+
+
+def why_not_padded_pool(module: nn.Module, x: Tensor, any_padding: bool = False) -> Optional[str]:
+    if torch.compiler.is_compiling() or is_traced(x):
+        return 'a compiler, exporter or tracer wants plain operators, or x is a tensor subclass'
+    if x.ndim != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
+        return 'x is empty or not channels-last'
+    if module.ceil_mode or not module.count_include_pad or module.divisor_override is not None:
+        return 'windows reach beyond the padding, or are divided by other numbers than their sizes'
+    if not any_padding and module.padding in (0, (0, 0)):
+        return 'nothing is padded'
+    return None
+
+
+def why_not_averaged(module: nn.Module, x: Tensor) -> Optional[str]:
+    if torch.jit.is_tracing():
+        return 'a tracer keeps what the modules do'
+    m = _find(module, _COT_ATTENTION, None)
+    if isinstance(m, str):
+        return m
+    if not (_is_pointwise(m['attention_embed.0'], 1) and _is_pointwise(m['attention_embed.3'], 1)):
+        return 'a convolution of attention_embed is not 1x1'
+    return None

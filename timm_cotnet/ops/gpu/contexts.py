@@ -1,0 +1,258 @@
+"""All of a CoT layer behind its convolutions on a GPU, in Triton: in training and in inference, channels-last.
+
+In training the norms of values and filters, the local convolution, its norm, SiLU, pooling and the mix of the contexts
+go together. The backward keeps their three inputs and the local convolution's output, and computes the rest again,
+where autograd would keep six tensors more.
+
+Filters lie tap by tap, as `contexts_kernels.py` says; `tap_by_tap` brings those of a convolution into that order.
+"""
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..contexts import ContextsSettings
+from .launch import accumulator, image_rows, launch, over_filters, power_of_2
+from .norm import Averages, batch_norm_backward, batch_norm_table, table_of_moments
+
+
+class TrainingParameters(NamedTuple):
+    """Parameters of `train_forward`, for C channels, N = G * k * k filter values and A hidden channels of `se`."""
+    value_weight: Tensor  # (C), batch norm of the values
+    value_bias: Tensor
+    conv_bias: Tensor  # (N), what the convolution that makes the filters adds to them, filter by filter
+    filter_weight: Tensor  # (N), group norm of the filters, filter by filter
+    filter_bias: Tensor
+    weight: Tensor  # (C), batch norm behind the local convolution
+    bias: Tensor
+    se_weight1: Tensor  # (A, C, 1, 1), the mixing's first convolution
+    se_bias1: Tensor
+    se_norm_weight: Tensor  # (A), its batch norm
+    se_norm_bias: Tensor
+    se_weight2: Tensor  # (2 * C, A, 1, 1), its second convolution
+    se_bias2: Tensor
+
+
+class Mixing(NamedTuple):
+    """Two 1x1 convolutions that make the weights of the mix for inference, and scale and shift between them."""
+    weight1: Tensor  # (A, C, 1, 1)
+    bias1: Tensor
+    table: Optional[Tensor]  # (2, A); None: no norm
+    weight2: Tensor  # (2 * C, A, 1, 1)
+    bias2: Tensor
+
+
+def tap_by_tap(x: Tensor, kernel_size: int, groups: int) -> Tensor:
+    """Filter values (the first dimension, N) that lie filter by filter, brought into the order of the kernels."""
+    return x.unflatten(0, (groups, -1, kernel_size ** 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _local(kernel, walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:
+    """Launch a kernel of the local convolution."""
+    _, C, H, W = value.shape
+    pixels, length, runs = walk.sizes
+    launch(kernel, walk.grid, *args, pixels, H, W, length, runs, s.dilation,
+           C=C, GROUPS=s.groups, GS=s.num_filters // s.groups, K=s.kernel_size, **flags, **walk.blocks,
+           ACC=accumulator(value.dtype)[1])
+
+
+def _filter_tiles(B: int, s: ContextsSettings) -> Tuple[Tuple[int], dict]:
+    """Grid and sizes of the kernels whose programs have all taps of some filters of an image."""
+    filters, taps = s.num_filters // s.groups, s.kernel_size ** 2
+    block_g = min(power_of_2(filters), 16)
+    return (B * s.groups * -(-filters // block_g),), dict(
+        GROUPS=s.groups, GS=filters, TAPS=taps, BLOCK_T=power_of_2(taps), BLOCK_G=block_g)
+
+
+def filter_table(
+        logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tuple[Tensor, Tensor]:
+    """What the group norm does to each filter value of an image, and means: (B, 4, N) and (B, N)."""
+    from . import contexts_kernels, rows
+
+    (B, N), walk, (dtype, acc) = logits.shape[:2], image_rows(logits), accumulator(logits.dtype)
+    moments = logits.new_empty(B, walk.runs, 2, N, dtype=dtype)
+    launch(rows.moments_kernel, walk.grid, logits, moments, *walk.sizes, C=N, **walk.blocks, ACC=acc)
+    table, means = moments.new_empty(B, 4, N), moments.new_empty(B, N)
+    grid, sizes = _filter_tiles(B, s)
+    launch(contexts_kernels.filter_norm_kernel, grid, moments, conv_bias, weight, bias, table, means, *walk.sizes,
+           EPS=s.filter_eps, **sizes, ACC=acc)
+    return table, means
+
+
+def infer_contexts(
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        filters: Tensor,
+        value_table: Optional[Tensor],
+        table: Tensor,
+        mixing: Mixing,
+        s: ContextsSettings,
+) -> Tensor:
+    """Output of a CoT layer without a gradient from the results of its convolutions: (B, C, H, W), channels-last.
+
+    Args:
+        value: Values, (B, C, H, W), like the next two dense in channels-last.
+        logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
+        static: Static context, (B, C, H, W).
+        filters: What the group norm does to the filters, (B, 4, N), see `filter_table`.
+        value_table: Scale and shift of the values, (2, C); None: they are normed.
+        table: Scale and shift of what is applied to the local convolution, (2, C), or where values are normed, what is
+            added to it, (C).
+        mixing: What makes the weights of the mix.
+        s: Numbers.
+    """
+    from . import contexts_kernels as kernels, mixing_kernels
+
+    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
+    _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
+           table if value_table is None else value_table, filters, table, dynamic, pooled,
+           NORMED=value_table is not None)
+    attn, hidden = pooled.new_empty(B, 2 * C), mixing.bias1.shape[0]
+    launch(mixing_kernels.attend_kernel, (B,), pooled, mixing.weight1.contiguous(), mixing.bias1,
+           pooled if mixing.table is None else mixing.table, mixing.weight2.contiguous(), mixing.bias2, attn, walk.runs,
+           C=C, A=hidden, NORMED=mixing.table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
+    mixed = torch.empty_like(value)
+    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, mixed, *walk.sizes,
+           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)
+    return mixed
+
+
+def train_forward(
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        p: TrainingParameters,
+        averages: Tuple[Averages, Averages, Averages],
+        s: ContextsSettings,
+) -> Tuple[Tensor, ...]:
+    """Output of a CoT layer in training from the results of its convolutions, and what the backward needs.
+
+    All tensors are dense, those of four dimensions in channels-last.
+
+    Args:
+        value: Values before their norm, (B, C, H, W), more than one of each channel, in float64, float32, bfloat16 or
+            float16, like the next two.
+        logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
+        static: Static context, (B, C, H, W).
+        p: Parameters, in any floating dtype.
+        averages: Running statistics of the norms of value, local convolution and mixing, which are updated.
+        s: Numbers.
+    """
+    from . import contexts_kernels as kernels, mixing_kernels
+
+    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
+    filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
+    local, moments = torch.empty_like(value), value.new_empty(B, walk.runs, 2, C, dtype=dtype)
+    _local(kernels.local_conv_kernel, walk, value, s, value, logits, value_table, filters, local, moments)
+    table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, walk)
+    pooled = moments.new_empty(B, walk.runs, C)
+    launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
+           C=C, **walk.blocks, ACC=acc)
+    attn, *hidden = _se_forward(pooled.sum(1).to(p.se_weight1.dtype), p[7:], averages[2], s.se_eps)
+    mixed = torch.empty_like(value)
+    launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.sizes,
+           C=C, DYNAMIC=False, **walk.blocks, ACC=acc)
+    return mixed, local, value_table, filters, means, table, attn, *hidden
+
+
+def _se_forward(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tuple[Tensor, ...]:
+    """Logits of the mix, (B, 2 * C), and what the backward needs."""
+    weight1, bias1, weight, bias, weight2, bias2 = parameters
+    averages.tracked.add_(1)
+    x = F.linear(pooled, weight1.flatten(1), bias1)
+    hidden, mean, rstd = torch.native_batch_norm(
+        x, weight, bias, averages.mean, averages.var, True, averages.momentum, eps)
+    hidden.relu_()
+    return F.linear(hidden, weight2.flatten(1), bias2), pooled, x, hidden, mean, rstd
+
+
+def _se_backward(
+        grad: Tensor,
+        pooled: Tensor,
+        x: Tensor,
+        hidden: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        parameters: Sequence[Tensor],
+        eps: float,
+) -> Tuple[Tensor, ...]:
+    """Gradients of the pooled contexts and of the parameters."""
+    weight1, _, weight, _, weight2, _ = parameters
+    grad = grad.to(weight2.dtype)
+    grad_hidden = torch.ops.aten.threshold_backward(grad @ weight2.flatten(1), hidden, 0)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad_hidden, x, weight, None, None, mean, rstd, True, eps, (True, True, True))
+    return (
+        grad_x @ weight1.flatten(1), (grad_x.t() @ pooled).view_as(weight1), grad_x.sum(0), grad_weight, grad_bias,
+        (grad.t() @ hidden).view_as(weight2), grad.sum(0))
+
+
+def train_backward(
+        grad: Tensor,
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        local: Tensor,
+        value_table: Tensor,
+        filters: Tensor,
+        means: Tensor,
+        table: Tensor,
+        attn: Tensor,
+        pooled: Tensor,
+        x: Tensor,
+        hidden: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        p: TrainingParameters,
+        s: ContextsSettings,
+) -> List[Tensor]:
+    """Gradients of value, logits, static and the parameters."""
+    from . import contexts_kernels as kernels, mixing_kernels, rows
+
+    (B, C, H, W), N, (dtype, acc) = value.shape, logits.shape[1], accumulator(value.dtype)
+    walk, filter_walk = image_rows(value, 2), image_rows(logits, 2)
+
+    run_sums = value.new_empty(B, walk.runs, 5, C, dtype=dtype)
+    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, table, run_sums, *walk.sizes,
+           C=C, **walk.blocks, ACC=acc)
+    sums, grad_attn = run_sums.new_empty(B, 4, C), run_sums.new_empty(B, 2 * C)
+    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs,
+           C=C, BLOCK_C=64, ACC=acc)
+    grad_pooled, *se_grads = _se_backward(grad_attn, pooled, x, hidden, mean, rstd, p[7:], s.se_eps)
+
+    factors, norm_grads = table.new_empty(3, C), table.new_empty(2, C)
+    launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
+           sums, attn, grad_pooled, p.weight, table, factors, norm_grads, B, H * W,
+           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+    grad_static, grad_local = torch.empty_like(static), torch.empty_like(local)
+    launch(mixing_kernels.mix_backward_kernel, walk.grid,
+           grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.sizes,
+           C=C, **walk.blocks, ACC=acc)
+
+    grad_value, sums = torch.empty_like(value), sums.new_empty(B, walk.runs, 2, C)
+    _local(kernels.value_grad_kernel, walk, value, s,
+           grad_local, logits, value, value_table, filters, grad_value, sums)
+    factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, walk, B)
+    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.sizes,
+           C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
+
+    grad_logits = torch.empty_like(logits)
+    _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
+           value, s, grad_local, value, value_table, grad_logits)
+    sums = sums.new_empty(B, filter_walk.runs, 2, N)
+    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
+           C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
+    factors, filter_grads = sums.new_empty(B, 3, N), sums.new_empty(B, 3, N)
+    grid, sizes = _filter_tiles(B, s)
+    launch(kernels.filter_norm_backward_kernel, grid,
+           sums, p.filter_weight, filters, means, factors, filter_grads, H * W, filter_walk.runs, **sizes, ACC=acc)
+    launch(rows.norm_backward_kernel, filter_walk.grid,
+           grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.sizes,
+           C=N, FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
+    filter_weight, filter_bias, conv_bias = filter_grads.sum(0)
+    return [grad_value, grad_logits, grad_static, *value_grads, conv_bias, filter_weight, filter_bias, *norm_grads,
+            *se_grads]

@@ -1,0 +1,209 @@
+"""Triton kernels of the two contexts' mix; `contexts.py` launches them. Imports Triton.
+
+As in `rows.py`, a pixel is a row of C channels.
+"""
+import triton
+import triton.language as tl
+
+from .rows import COUNTS, fold, load, place, row, sigmoid, store, store_backward_factors, store_row
+
+
+@triton.jit
+def load_static_weight(attn_ptr, c, mask, ACC: tl.constexpr):
+    """Weight of the static context: softmax over the logits of dynamic and static, of each channel in turn."""
+    of_dynamic = tl.load(attn_ptr + 2 * c, mask=mask, other=0).to(ACC)
+    return sigmoid(tl.load(attn_ptr + 2 * c + 1, mask=mask, other=0).to(ACC) - of_dynamic)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def pool_kernel(
+        out_ptr, static_ptr, table_ptr, pooled_ptr, P, LENGTH, RUNS,
+        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):
+    """Sums of both contexts over each run, divided by the number of pixels: (B, RUNS, C)."""
+    run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
+    out_ptr += b * P * C
+    static_ptr += b * P * C
+    scale, shift = row(table_ptr, c, C, ACC)[None, :], row(table_ptr + C, c, C, ACC)[None, :]
+    total = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    for start in range(first, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        z = load(out_ptr, p, end, c, C, ACC) * scale + shift
+        total += fold(tl.where((p < end)[:, None], z * sigmoid(z), 0) + load(static_ptr, p, end, c, C, ACC), FOLD)
+    store_row(pooled_ptr + run * C, tl.sum(total, 0) / P, c, C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mix_kernel(
+        out_ptr, static_ptr, attn_ptr, table_ptr, mixed_ptr, P, LENGTH, RUNS,
+        C: tl.constexpr, DYNAMIC: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):
+    """Mix of the contexts; out is the dynamic context if DYNAMIC, else the local convolution before its norm."""
+    _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
+    out_ptr += b * P * C
+    static_ptr += b * P * C
+    mixed_ptr += b * P * C
+    of_static = load_static_weight(attn_ptr + b * (2 * C), c, c < C, ACC)[None, :]
+    scale = 0 if DYNAMIC else row(table_ptr, c, C, ACC)[None, :]
+    shift = 0 if DYNAMIC else row(table_ptr + C, c, C, ACC)[None, :]
+    for start in range(first, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        dynamic = load(out_ptr, p, end, c, C, ACC)
+        if not DYNAMIC:
+            dynamic = dynamic * scale + shift
+            dynamic *= sigmoid(dynamic)
+        static = load(static_ptr, p, end, c, C, ACC)
+        store(mixed_ptr, dynamic * (1 - of_static) + static * of_static, p, end, c, C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attend_kernel(
+        pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, RUNS,
+        C: tl.constexpr, A: tl.constexpr, NORMED: tl.constexpr,
+        BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):
+    """For inference: the logits of the mix, (B, 2 * C), from the sums of each run, (B, RUNS, C); a program an image.
+
+    Two matrix products with ReLU between them, and if NORMED a norm, of which table has scale and shift.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    a = tl.arange(0, BLOCK_A)
+    in_hidden = a < A
+    hidden = tl.load(bias1_ptr + a, mask=in_hidden, other=0).to(ACC)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        pooled = tl.zeros((BLOCK_C,), ACC)
+        for run in range(RUNS):
+            pooled += row(pooled_ptr + (b * RUNS + run) * C, c, C, ACC)
+        mask = in_hidden[:, None] & (c < C)[None, :]
+        weight = tl.load(weight1_ptr + a[:, None] * C + c[None, :], mask=mask, other=0).to(ACC)
+        hidden += tl.sum(weight * pooled[None, :], 1)
+    if NORMED:
+        hidden = hidden * tl.load(table_ptr + a, mask=in_hidden, other=0) \
+            + tl.load(table_ptr + A + a, mask=in_hidden, other=0)
+    hidden = tl.where((hidden <= 0) | (a >= A), 0, hidden)
+    for first in range(0, 2 * C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mask = (c < 2 * C)[:, None] & in_hidden[None, :]
+        weight = tl.load(weight2_ptr + c[:, None] * A + a[None, :], mask=mask, other=0).to(ACC)
+        attn = tl.sum(weight * hidden[None, :], 1) + row(bias2_ptr, c, 2 * C, ACC)
+        tl.store(attn_ptr + b * (2 * C) + c, attn, mask=c < 2 * C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mix_sums_kernel(
+        grad_ptr, out_ptr, static_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS,
+        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):
+    """All that the gradients of the mixing weights and of the norm need, though they need each other: (B, RUNS, 5, C).
+
+    With z what the norm puts out, x that without weight and bias, and a' the derivative of SiLU at z, these are sums of
+    grad * (static - silu(z)), grad * a', a', grad * a' * x and a' * x.
+    """
+    run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
+    grad_ptr += b * P * C
+    out_ptr += b * P * C
+    static_ptr += b * P * C
+    scale, shift = row(table_ptr, c, C, ACC)[None, :], row(table_ptr + C, c, C, ACC)[None, :]
+    x_scale, x_shift = row(table_ptr + 2 * C, c, C, ACC)[None, :], row(table_ptr + 3 * C, c, C, ACC)[None, :]
+    of_attn = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    grads = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    slopes = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    grads_x = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    slopes_x = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    for start in range(first, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        grad, out = load(grad_ptr, p, end, c, C, ACC), load(out_ptr, p, end, c, C, ACC)
+        z = out * scale + shift
+        x = out * x_scale + x_shift
+        y = sigmoid(z)
+        slope = tl.where((p < end)[:, None], y * (1 + z * (1 - y)), 0)
+        of_attn += fold(grad * (load(static_ptr, p, end, c, C, ACC) - z * y), FOLD)
+        grads += fold(grad * slope, FOLD)
+        slopes += fold(slope, FOLD)
+        grads_x += fold(grad * slope * x, FOLD)
+        slopes_x += fold(slope * x, FOLD)
+    sums_ptr += run * (5 * C)
+    store_row(sums_ptr, tl.sum(of_attn, 0), c, C)
+    store_row(sums_ptr + C, tl.sum(grads, 0), c, C)
+    store_row(sums_ptr + 2 * C, tl.sum(slopes, 0), c, C)
+    store_row(sums_ptr + 3 * C, tl.sum(grads_x, 0), c, C)
+    store_row(sums_ptr + 4 * C, tl.sum(slopes_x, 0), c, C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attn_grad_kernel(
+        run_sums_ptr, attn_ptr, sums_ptr, grad_attn_ptr, RUNS,
+        C: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):
+    """Sums of `mix_sums_kernel` over the runs, without the first: (B, 4, C). Of that the gradient of the mix's logits,
+    (B, 2 * C)."""
+    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = (pid // TILES).to(tl.int64)
+    run_sums_ptr += b * RUNS * (5 * C)
+    sums_ptr += b * (4 * C)
+    of_attn = tl.zeros((BLOCK_C,), ACC)
+    for run in range(RUNS):
+        of_attn += row(run_sums_ptr + run * (5 * C), c, C, ACC)
+    for i in range(4):
+        total = tl.zeros((BLOCK_C,), ACC)
+        for run in range(RUNS):
+            total += row(run_sums_ptr + run * (5 * C) + (i + 1) * C, c, C, ACC)
+        store_row(sums_ptr + i * C, total, c, C)
+    of_static = load_static_weight(attn_ptr + b * (2 * C), c, c < C, ACC)
+    grad = of_attn * of_static * (1 - of_static)
+    tl.store(grad_attn_ptr + b * (2 * C) + 2 * c, -grad, mask=c < C)
+    tl.store(grad_attn_ptr + b * (2 * C) + 2 * c + 1, grad, mask=c < C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mixed_norm_backward_kernel(
+        sums_ptr, attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, grads_ptr, B, P,
+        C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):
+    """`store_backward_factors` of the norm behind the local convolution, from sums (B, 4, C) of `attn_grad_kernel`."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    products = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for start in range(0, B, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        mask = (r < B)[:, None] & (c < C)[None, :]
+        of_dynamic = 1 - load_static_weight(attn_ptr + r[:, None] * (2 * C), c[None, :], mask, ACC)
+        pool_grad = load(grad_pooled_ptr, r, B, c, C, ACC) / P
+        total += of_dynamic * load(sums_ptr, 4 * r, 4 * B, c, C, ACC)
+        total += pool_grad * load(sums_ptr, 4 * r + 1, 4 * B, c, C, ACC)
+        products += of_dynamic * load(sums_ptr, 4 * r + 2, 4 * B, c, C, ACC)
+        products += pool_grad * load(sums_ptr, 4 * r + 3, 4 * B, c, C, ACC)
+    store_backward_factors(
+        factors_ptr, grads_ptr, weight_ptr, table_ptr, tl.sum(total, 0), tl.sum(products, 0),
+        B.to(ACC) * P.to(ACC), c, C, ACC)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mix_backward_kernel(
+        grad_ptr, out_ptr, attn_ptr, grad_pooled_ptr, table_ptr, factors_ptr, grad_static_ptr, grad_out_ptr,
+        P, LENGTH, RUNS,
+        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):
+    """Gradients of the static context and of the local convolution."""
+    _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
+    grad_ptr += b * P * C
+    out_ptr += b * P * C
+    grad_static_ptr += b * P * C
+    grad_out_ptr += b * P * C
+    of_static = load_static_weight(attn_ptr + b * (2 * C), c, c < C, ACC)[None, :]
+    pool_grad = row(grad_pooled_ptr + b * C, c, C, ACC)[None, :] / P
+    scale, shift = row(table_ptr, c, C, ACC)[None, :], row(table_ptr + C, c, C, ACC)[None, :]
+    of_grad, of_x = row(factors_ptr, c, C, ACC)[None, :], row(factors_ptr + C, c, C, ACC)[None, :]
+    rest = row(factors_ptr + 2 * C, c, C, ACC)[None, :]
+    for start in range(first, end, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        grad, out = load(grad_ptr, p, end, c, C, ACC), load(out_ptr, p, end, c, C, ACC)
+        store(grad_static_ptr, grad * of_static + pool_grad, p, end, c, C)
+        z = out * scale + shift
+        y = sigmoid(z)
+        grad_z = (grad * (1 - of_static) + pool_grad) * (y * (1 + z * (1 - y)))
+        store(grad_out_ptr, grad_z * of_grad + out * of_x + rest, p, end, c, C)

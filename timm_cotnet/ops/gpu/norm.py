@@ -1,0 +1,180 @@
+"""Batch norm in training with what follows it in the same pass, in Triton: a sum with a residual, ReLU."""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..batch_norm import batch_norm_act
+from ..contexts import gradient_like
+from ..watch import wants_plain
+from .launch import Walk, accumulator, all_rows, launch
+
+
+class Averages(NamedTuple):
+    """Running statistics of a batch norm, which are updated."""
+    mean: Tensor
+    var: Tensor
+    tracked: Tensor  # number of batches
+    momentum: float
+
+
+def averages_of(norm: nn.BatchNorm2d) -> Averages:
+    buffers = norm._buffers
+    return Averages(buffers['running_mean'], buffers['running_var'], buffers['num_batches_tracked'], norm.momentum)
+
+
+def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
+    """`relu(norm(x) + residual)` with the statistics of the batch, (B, C, H, W) -> (B, C, H, W), channels-last."""
+    parameters = norm._parameters
+    return NormAct.apply(x, residual, parameters['weight'], parameters['bias'], averages_of(norm), norm.eps, relu)
+
+
+def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
+    """`norm_act` with the running statistics and without a gradient."""
+    from . import rows
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    out, walk = torch.empty_like(x), all_rows(x)
+    launch(rows.norm_act_kernel, walk.grid,
+           x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.sizes,
+           C=x.shape[1], RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
+    return out
+
+
+def running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+    """What a batch norm in evaluation does to each channel of an x of dtype: (2, C), scale and shift."""
+    from . import rows
+
+    mean, C, (table_dtype, acc) = norm.running_mean, norm.num_features, accumulator(dtype)
+    table = torch.empty(2, C, dtype=table_dtype, device=mean.device)
+    launch(rows.running_norm_kernel, (-(-C // 128),), mean, norm.running_var, norm.weight, norm.bias, table,
+           C=C, EPS=norm.eps, BLOCK_C=128, ACC=acc)
+    return table
+
+
+def norm_forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        averages: Averages,
+        eps: float,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """`norm_act` of dense tensors, and what its backward needs: (4, C)."""
+    from . import rows
+
+    table = batch_norm_table(x, weight, bias, averages, eps)
+    out, walk = torch.empty_like(x), all_rows(x)
+    launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.sizes,
+           C=x.shape[1], RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
+    return out, table
+
+
+def norm_backward(
+        grad: Tensor,
+        x: Tensor,
+        out: Optional[Tensor],
+        weight: Tensor,
+        table: Tensor,
+        with_residual: bool = False,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the residual (grad unless they differ), and of weight and bias, (2, C); all dense.
+
+    out is what ReLU put out; None: there is none.
+    """
+    from . import rows
+
+    C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x)
+    out = out if relu else x
+    sums = x.new_empty(walk.runs, 2, C, dtype=dtype)
+    launch(rows.grad_sums_kernel, walk.grid, grad, x, out, table, sums, *walk.sizes, C=C, TABLE_ROWS=0, RELU=relu,
+           **walk.blocks, ACC=acc)
+    factors, grads = batch_norm_backward(sums, weight, table, walk)
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if with_residual and relu else grad
+    launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.sizes, C=C,
+           FACTOR_ROWS=0, RELU=relu, RESIDUAL=with_residual and relu, **walk.blocks, ACC=acc)
+    return grad_x, grad_residual, grads
+
+
+class NormAct(torch.autograd.Function):
+    """`apply(x, residual, weight, bias, averages, eps, relu)`, see `norm_act`."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, averages, eps, relu):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        out, table = norm_forward(x, weight, bias, averages, eps, relu, residual)
+        ctx.eps, ctx.relu = eps, relu
+        # a second derivative needs the residual; somebody else keeps it anyway, as the input of the block
+        ctx.save_for_backward(x, residual, weight, bias, table, out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, residual, weight, bias, table, out = ctx.saved_tensors
+        if wants_plain(grad):
+            return _differentiable_gradients(ctx, grad, x, residual, weight, bias)
+        grad, x = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
+        out = None if out is None else out.contiguous(memory_format=torch.channels_last)
+        with torch.cuda.device_of(x):
+            grad_x, grad_residual, grads = norm_backward(grad, x, out, weight, table, ctx.needs_input_grad[1])
+        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(grads, (weight, bias)))
+        return grad_x, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None, None
+
+
+def batch_norm_table(x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float) -> Tensor:
+    """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C)."""
+    from . import rows
+
+    C, walk, (dtype, acc) = x.shape[1], all_rows(x), accumulator(x.dtype)
+    moments = x.new_empty(walk.runs, 2, C, dtype=dtype)
+    launch(rows.moments_kernel, walk.grid, x, moments, *walk.sizes, C=C, **walk.blocks, ACC=acc)
+    return table_of_moments(moments, 1, weight, bias, averages, eps, walk)
+
+
+def table_of_moments(
+        moments: Tensor,
+        images: int,
+        weight: Tensor,
+        bias: Tensor,
+        averages: Averages,
+        eps: float,
+        walk: Walk,
+) -> Tensor:
+    """The same from moments, of a walk over so many images."""
+    from . import rows
+
+    C, (dtype, acc) = moments.shape[-1], accumulator(moments.dtype)
+    table = moments.new_empty(4, C)
+    launch(rows.batch_norm_kernel, (-(-C // 8),),
+           moments, weight, bias, averages.mean, averages.var, averages.tracked, table, images, *walk.sizes,
+           C=C, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+    return table
+
+
+def batch_norm_backward(
+        sums: Tensor, weight: Tensor, table: Tensor, walk: Walk, images: int = 1) -> Tuple[Tensor, Tensor]:
+    """See `rows.batch_norm_backward_kernel`: (3, C) and (2, C)."""
+    from . import rows
+
+    C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
+    factors, grads = table.new_empty(3, C), table.new_empty(2, C)
+    launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
+           sums, weight, table, factors, grads, images, walk.sizes[0], images * walk.runs,
+           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+    return factors, grads
+
+
+def _differentiable_gradients(ctx, grad: Tensor, x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor):
+    with torch.enable_grad():
+        tensors = [None if t is None else t.view_as(t) for t in (x, residual, weight, bias)]
+        x, residual, weight, bias = tensors
+        out = batch_norm_act(x, weight, bias, residual, ctx.relu, ctx.eps)
+        wanted = [t for t, need in zip(tensors, ctx.needs_input_grad) if need]
+        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return *(next(grads) if need else None for need in ctx.needs_input_grad[:4]), None, None, None

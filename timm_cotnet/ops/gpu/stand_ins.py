@@ -1,0 +1,165 @@
+"""What stands in for CoT layers and bottlenecks on a GPU, where `ops/dispatch.py` found nothing against it."""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..contexts import ContextsSettings
+from ..watch import are_watched
+from .contexts import Mixing, filter_table, infer_contexts, tap_by_tap
+from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
+from .norm import norm_act, norm_act_eval, running_table
+from .pool import avg_pool
+
+__all__ = [
+    'infer_bottleneck', 'infer_cot_layer', 'infer_folded_bottleneck', 'infer_folded_cot_layer', 'padded_pool', 'pool',
+    'train_bottleneck', 'train_cot_layer']
+
+_TENSORS = (Tensor, nn.Parameter)
+
+
+def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+    """A `CotBottleneck` or `SplitAttnBottleneck` in training, channels-last: norms with what follows them in a pass."""
+    parts = block._modules
+    out = _norm(parts['conv1'](x), parts['bn1'])
+    out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
+    return _norm(parts['conv3'](out), parts['bn3'], residual=_shortcut(block, x))
+
+
+def _norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
+    """`relu(norm(x) + residual)`, by a kernel if it can take what came from modules, which may be any."""
+    if type(x) in _TENSORS and x.device == norm.weight.device and x.ndim == 4 \
+            and x.shape[1] == norm.num_features < x.numel() < 2 ** 31 \
+            and (residual is None or type(residual) in _TENSORS and residual.shape == x.shape):
+        return (norm_act if norm.training else norm_act_eval)(x, norm, relu, residual)
+    out = norm(x)
+    if residual is not None:
+        out = out + residual
+    return F.relu(out) if relu else out
+
+
+def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
+    """What a block adds; its norm by a kernel where it is like the block's others."""
+    downsample = block.downsample
+    if downsample is None:
+        return x
+    last = downsample[-1] if type(downsample) is nn.Sequential else None
+    like = block.bn3
+    if type(last) is not nn.BatchNorm2d or are_watched([downsample]) or last.training != like.training \
+            or last.affine != like.affine or last.running_mean is None or last.momentum is None \
+            or 'weight' not in last._parameters or type(last.weight) is not nn.Parameter:
+        return downsample(x)
+    for module in downsample[:-1]:
+        x = module(x)
+    return _norm(x, last, relu=False)
+
+
+def infer_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """A `CotLayer` or `CoxtLayer` in evaluation without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    groups = layer.groups
+    parts = layer._modules
+    key, key_norm, _ = parts['key_embed']
+    first, first_norm, _, attn, filter_norm = parts['embed']
+    conv, value_norm = parts['conv1x1']
+    se1, se_norm, _, se2 = parts['se']
+    static = norm_act_eval(_conv(key, x), key_norm)
+    of_query, of_key = query_key(first.weight, groups)
+    hidden = norm_act_eval(F.conv2d(x, of_query) + F.conv2d(static, of_key), first_norm)
+    logits = F.conv2d(hidden, tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups))
+    value = F.conv2d(x, dense(conv.weight, groups))
+    s = ContextsSettings(
+        layer.kernel_size, layer.dilation, groups, filter_norm.num_groups, filter_eps=filter_norm.eps)
+    filters, _ = filter_table(logits, attn.bias, filter_norm.weight, filter_norm.bias, s)
+    out = infer_contexts(
+        value, logits, static, filters, running_table(value_norm, value.dtype), running_table(layer.bn, value.dtype),
+        Mixing(se1.weight, se1.bias, running_table(se_norm, value.dtype), se2.weight, se2.bias), s)
+    return out if is_channels_last else out.contiguous()
+
+
+def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+    """A `CotBottleneck` or `SplitAttnBottleneck` in evaluation without a gradient, channels-last."""
+    parts = block._modules
+    out = _norm(parts['conv1'](x), parts['bn1'])
+    out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
+    return _norm(parts['conv3'](out), parts['bn3'], residual=_shortcut(block, x))
+
+
+def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """A `FoldedCotLayer` without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    parts, groups = layer._modules, layer.groups
+    _, attn, norm = parts['embed']
+    query, (value,), (se1, _, se2) = parts['query'], parts['value'], parts['se']
+    static = conv_act(parts['key_embed'][0], x)
+    hidden = conv_act(parts['key'], static, F.conv2d(x, query.weight, groups=groups), query.bias)
+    logits = F.conv2d(hidden, tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups))
+    rows = x.permute(0, 2, 3, 1)  # the matrix product adds the bias in its own pass
+    value = F.linear(rows, dense(value.weight, groups).flatten(1), value.bias).permute(0, 3, 1, 2)
+    s = ContextsSettings(layer.kernel_size, layer.dilation, groups, norm.num_groups, filter_eps=norm.eps)
+    filters, _ = filter_table(logits, attn.bias, norm.weight, norm.bias, s)
+    mixing = Mixing(se1.weight, se1.bias, None, se2.weight, se2.bias)
+    out = infer_contexts(value, logits, static, filters, None, layer.shift, mixing, s)
+    return out if is_channels_last else out.contiguous()
+
+
+def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+    """A `FoldedBottleneck` without a gradient, channels-last."""
+    parts = block._modules
+    out = conv_act(parts['conv1'], x)
+    out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
+    conv, bias = parts['conv3'], parts['conv3'].bias
+    shortcut = x
+    if block.downsample is not None:
+        last = block.downsample[-1] if type(block.downsample) is nn.Sequential else None
+        if type(last) is nn.Conv2d and last.bias is not None and not are_watched([block.downsample]):
+            *pools, _ = block.downsample
+            for module in pools:
+                shortcut = module(shortcut)
+            shortcut = F.conv2d(shortcut, last.weight, None, last.stride, last.padding, last.dilation, last.groups)
+            bias = bias + last.bias  # one bias for both, as each is a pass of its own behind a convolution
+        else:
+            shortcut = block.downsample(x)
+    return conv_act(conv, out, shortcut, bias)
+
+
+def conv_act(conv: nn.Conv2d, x: Tensor, addend: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
+    """`relu(conv(x) + addend)` in one call of cuDNN, with a bias other than the module's if one is given."""
+    weight, bias = conv.weight, conv.bias if bias is None else bias
+    if addend is None and bias is not None and conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1) \
+            and conv.padding == (0, 0):
+        rows = x.permute(0, 2, 3, 1)  # a matrix product with ReLU takes less of the host's time
+        out = torch._addmm_activation(bias, rows.flatten(0, 2), weight.flatten(1).t())
+        return out.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    if addend is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, addend, 1.0, bias, *geometry)
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    weight, groups = grouped_weight(conv, _dtype(x))
+    return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, groups)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def pool(module: nn.Module, x: Tensor) -> Tensor:
+    """An average pool of channels-last images, of which PyTorch's own takes seven times as long."""
+    return avg_pool(x, _pair(module.kernel_size), _pair(module.stride), _pair(module.padding))
+
+
+def padded_pool(module: nn.Module, x: Tensor) -> Tensor:
+    """An average pool in plain PyTorch, of zeros put around the image before: that has the right gradient."""
+    top, left = _pair(module.padding)
+    return F.avg_pool2d(F.pad(x, (left, left, top, top)), module.kernel_size, module.stride)
+
+
+def _pair(n):
+    return n if isinstance(n, tuple) else (n, n)
