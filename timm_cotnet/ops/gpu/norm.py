@@ -26,16 +26,22 @@ def averages_of(norm: nn.BatchNorm2d) -> Averages:
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`relu(norm(x) + residual)` with the statistics of the batch, (B, C, H, W) -> (B, C, H, W), channels-last."""
     parameters = norm._parameters
+    x, residual = _dense(x, residual)  # out here, so that a second derivative knows where they come from
     return NormAct.apply(x, residual, parameters['weight'], parameters['bias'], averages_of(norm), norm.eps, relu)
+
+
+def _dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    """Both channels-last, in the dtype of x."""
+    if residual is not None:
+        residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last), residual
 
 
 def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`norm_act` with the running statistics and without a gradient."""
     from . import rows
 
-    x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    x, residual = _dense(x, residual)
     out, walk = torch.empty_like(x), all_rows(x)
     launch(rows.norm_act_kernel, walk.grid,
            x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.sizes,
@@ -101,13 +107,10 @@ def norm_backward(
 
 
 class NormAct(torch.autograd.Function):
-    """`apply(x, residual, weight, bias, averages, eps, relu)`, see `norm_act`."""
+    """`apply(x, residual, weight, bias, averages, eps, relu)`, see `norm_act`; images are dense in channels-last."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, averages, eps, relu):
-        x = x.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
         out, table = norm_forward(x, weight, bias, averages, eps, relu, residual)
         ctx.eps, ctx.relu = eps, relu
         # a second derivative needs the residual; somebody else keeps it anyway, as the input of the block
