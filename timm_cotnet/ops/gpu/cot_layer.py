@@ -61,19 +61,19 @@ def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     pairs = [m._parameters for m in (value_norm, filter_norm, norm, se1, se_norm, se2)]
     rest = [p[name] for p in pairs for name in ('weight', 'bias')]
     rest.insert(2, attn._parameters['bias'])
-    return TrainCotLayer.apply(
-        x, settings, key.weight, key_norm.weight, key_norm.bias, first.weight, first_norm.weight, first_norm.bias,
-        attn.weight, conv.weight, *rest)
+    # converted out here, so that a second derivative knows where it comes from
+    out = TrainCotLayer.apply(
+        x.to(settings.dtype, memory_format=torch.channels_last), settings, key.weight, key_norm.weight, key_norm.bias,
+        first.weight, first_norm.weight, first_norm.bias, attn.weight, conv.weight, *rest)
+    return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
 
 
 class TrainCotLayer(torch.autograd.Function):
-    """`apply(x, settings, *parameters)`, those of `Parameters` in one row."""
+    """`apply(x, settings, *parameters)`, those of `Parameters` in one row; x is dense in channels-last."""
 
     @staticmethod
     def forward(ctx, x, settings, *parameters):
         p, s = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:]))), settings
-        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        x = x.to(s.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):
             key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
             static_in = F.conv2d(x, key, None, 1, s.key_padding, s.key_dilation, groups)
@@ -91,7 +91,7 @@ class TrainCotLayer(torch.autograd.Function):
         ctx.settings = s
         ctx.save_for_backward(
             *parameters, x, static_in, static, key_table, hidden_in, hidden, first_table, value, logits, *kept)
-        return mixed if is_channels_last else mixed.contiguous()
+        return mixed
 
     @staticmethod
     def backward(ctx, grad):
