@@ -1,13 +1,6 @@
-"""Triton kernels against the reference: on the GPU where there is one, and everywhere in Triton's interpreter.
-
-The interpreter has to be chosen before Triton is first imported, so `test_kernels_in_the_interpreter` runs this file
-again in a process of its own; the tests marked `kernels` run there and on a GPU.
-"""
-import os
+"""Triton kernels of local convolution against the reference; see `triton_helpers.py`."""
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +10,8 @@ from timm_cotnet.ops.reference import local_conv_reference
 from timm_cotnet.ops.gpu.local_conv import local_conv_triton, needs_64_bits, why_not_triton
 
 from golden import golden_input, load
+from triton_helpers import DEVICE, INTERPRETED, kernels, passed_in_the_interpreter
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cpu' if INTERPRETED else 'cuda'
-kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason='needs a GPU; runs without one inside test_kernels_in_the_interpreter',
-)
 # the result is compared after rounding to its dtype; the interpreter cuts bfloat16 off instead of rounding it
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 ** -7, torch.float16: 2 ** -10}
 FORMATS = ('contiguous', 'channels_last', 'channels_last_taps_first')
@@ -82,14 +70,8 @@ def assert_like_reference(x, weight, *args):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='is already inside')
 def test_kernels_in_the_interpreter():
-    pytest.importorskip('triton', reason='Triton is not installed')
-    root = Path(__file__).parents[1]
-    env = dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-rs', __file__]
-    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r'(\d+) passed', run.stdout)[1]) >= 60, run.stdout
-    assert int(re.search(r'(\d+) skipped', run.stdout)[1]) == 2, run.stdout  # this test and the one for CUDA graphs
+    passed, skipped = passed_in_the_interpreter(__file__)
+    assert passed >= 60 and skipped == 2  # this test and the one for CUDA graphs
 
 
 @kernels
