@@ -1,11 +1,16 @@
 """Layers against numbers of the official implementation, and the ways in which layers are used."""
+import copy
+import pickle
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from golden import filled, golden_input, load
 from torch import nn
 
 from timm_cotnet import CoTAttention, CotLayer, CoxtLayer
+from timm_cotnet.layers import AvgPool2d
 from timm_cotnet.ops import grouped_local_conv
 
 LAYERS = {
@@ -172,3 +177,28 @@ def test_norm_layer_device_and_dtype():
     assert layer(torch.randn(1, 16, 5, 5, dtype=torch.float64)).dtype == torch.float64
     assert layer.fuse() is layer  # nothing to fold
     assert all(p.is_meta for p in CoxtLayer(32, device='meta').parameters())
+
+
+@pytest.mark.parametrize('args', [(3, 2, 1), (2,), ((3, 2), (2, 1), (1, 0)), (3, 2, 1, True), (3, 1, 1, False, False)])
+def test_average_pool_is_that_of_pytorch(args):
+    ours, theirs = AvgPool2d(*args), nn.AvgPool2d(*args)
+    assert str(ours) == str(theirs) and ours.state_dict() == {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 7, 8).contiguous(memory_format=memory_format).requires_grad_()
+        out, expected = ours(x), theirs(x)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+        grad = torch.randn(out.shape)
+        assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (out, expected)))
+    x = torch.randn(2, 4, 7, 8)
+    copies = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.jit.script(ours)
+    assert all(torch.equal(pool(x), theirs(x)) for pool in copies)
+
+
+def test_networks_pool_by_it():
+    """Where the official ones have a pool before the CoT layer."""
+    pools = {
+        name: module for name, module in timm.create_model('test_cotnet').named_modules() if name.endswith('avd_first')}
+    strided = [module for module in pools.values() if not isinstance(module, nn.Identity)]
+    assert len(strided) == 3
+    for module in strided:
+        assert type(module) is AvgPool2d and (module.kernel_size, module.stride, module.padding) == (3, 2, 1)
