@@ -1,4 +1,4 @@
-"""Triton kernels of a training step and of inference, compiled for NVIDIA GPUs where there is none: what they become."""
+"""What Triton kernels of training and inference are compiled to for NVIDIA GPUs, also where there is none."""
 import functools
 import inspect
 import re
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(
         'constexprs' not in inspect.signature(compiler.ASTSource.__init__).parameters,
         reason='written for Triton 3.3 and later'),
-    pytest.mark.skipif(not CUOBJDUMP.exists(), reason='cuobjdump, which tells registers, did not come with this Triton'),
+    pytest.mark.skipif(not CUOBJDUMP.exists(), reason='this Triton came without cuobjdump, which tells registers'),
 ]
 
 STAGES = [(64, 56), (128, 28), (256, 14), (512, 7)]  # channels of a CoT layer, and side of its images of 224 x 224

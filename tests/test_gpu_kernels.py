@@ -22,8 +22,8 @@ from timm_cotnet.ops.gpu.stand_ins import (
     train_bottleneck, train_cot_layer)
 
 # For gradients of a layer, of the norm of all differences; outputs are 16 times closer. In a half type tensors between
-# its parts are rounded too, values near zero fall on the other side of a ReLU, and the norm over few pooled images makes
-# much of it: plain PyTorch is as far off. The interpreter cuts bfloat16 off instead of rounding it.
+# its parts are rounded too, values near zero fall on the other side of a ReLU, and the norm over few pooled images
+# makes much of it: plain PyTorch is as far off. The interpreter cuts bfloat16 off instead of rounding it.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.12}
 LAYERS = {
     'cot': (CotLayer, dict(dim=16), (4, 4, 3)),
@@ -42,13 +42,17 @@ CONVS = ('key_embed.0.weight', 'embed.0.weight', 'embed.3.weight', 'conv1x1.0.we
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch):
-    """Float32 is that on a GPU too."""
+    """Float32 is that on a GPU too, and each time the same."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='is already inside')
 def test_kernels_in_the_interpreter():
+    pytest.importorskip('triton', reason='Triton is not installed')
+    if launch._has_old_launcher():
+        pytest.skip('written for Triton 3.3 and later, whose interpreter has loops between numbers that kernels compute')
     passed, skipped = passed_in_the_interpreter(__file__)
     assert passed >= 120 and skipped == 1  # this test
 
@@ -129,7 +133,7 @@ def assert_trains_like_plain(run, module, x, tolerance=None, zero=()):
 
 
 @kernels
-@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS)
+@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS, ids=str)
 def test_train_cot_layer(tag, memory_format):
     layer, x = create(tag, memory_format=memory_format)
     got = assert_trains_like_plain(train_cot_layer, layer, x, zero=of_zero_gradient(layer))
@@ -161,7 +165,7 @@ def test_autocast(dtype, tag):
 
 
 @kernels
-@pytest.mark.parametrize('tag', ['cot', 'coxt'])
+@pytest.mark.parametrize('tag', SMALL)
 def test_programs_that_walk_far(tag, monkeypatch):
     """Each program has several blocks of pixels, as those of large images have, and the last block is not full."""
     walk = launch._walk
@@ -172,7 +176,8 @@ def test_programs_that_walk_far(tag, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     try:
-        layer, x = create(f'small_{tag}')[0], image(2, {'cot': 8, 'coxt': 16}[tag], 9, 9, torch.channels_last, torch.float64)
+        layer, _ = create(tag)
+        x = image(2, layer.dim, 9, 9, torch.channels_last, torch.float64)
         found = launch.image_rows(x, 2)
         assert found.runs == 1 and found.sizes[1] > 2 * found.blocks['BLOCK_P']
         assert 9 * 9 % found.blocks['BLOCK_P'] != 0
@@ -310,9 +315,9 @@ def test_running_statistics_are_averaged():
 @kernels
 def test_norm_of_a_large_mean():
     norm, x = create_norm(16, torch.float32), image(2, 16, 9, 7, torch.channels_last) + 1000
-    out = norm_act(x.to(DEVICE), norm)
-    assert error(out, F.relu(exact(norm, x)[0](x.double()))) < 1e-3
-    assert error(norm.running_var - 0.9 * create_norm(16, torch.float32).running_var, 0.1 * x.double().var((0, 2, 3))) < 1e-3
+    reference, exact_x = exact(norm, x)
+    assert error(norm_act(x.to(DEVICE), norm), F.relu(reference(exact_x))) < 1e-3
+    assert error(norm.running_var, reference.running_var) < 1e-4
 
 
 @kernels
@@ -487,7 +492,7 @@ def test_infer_bottleneck(cls, downsample):
 
 @kernels
 @torch.no_grad()
-@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS)
+@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS, ids=str)
 def test_infer_cot_layer(tag, memory_format):
     layer, x = create(tag, memory_format=memory_format)
     expected = plain(*exact(layer.eval(), x))
@@ -525,7 +530,7 @@ def folded_dtype(monkeypatch):
 
 @kernels
 @torch.no_grad()
-@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS)
+@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS, ids=str)
 def test_infer_folded_cot_layer(tag, memory_format, folded_dtype):
     layer, x = create(tag, folded_dtype, memory_format)
     expected = plain(*exact(layer.eval(), x))
