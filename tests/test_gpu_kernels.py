@@ -52,7 +52,7 @@ def exact_convolutions(monkeypatch):
 def test_kernels_in_the_interpreter():
     pytest.importorskip('triton', reason='Triton is not installed')
     if launch._has_old_launcher():
-        pytest.skip('written for Triton 3.3 and later, whose interpreter has loops between numbers that kernels compute')
+        pytest.skip('written for Triton 3.3 and later, whose interpreter loops between numbers that kernels compute')
     passed, skipped = passed_in_the_interpreter(__file__)
     assert passed >= 120 and skipped == 1  # this test
 
