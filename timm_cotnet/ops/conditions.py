@@ -215,7 +215,10 @@ def why_not_train_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
     if key.bias is not None or key.stride != (1, 1) or key.out_channels != C or key.in_channels != C \
             or m['embed.0'].out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
         return 'a convolution has other sizes than the layer gives it, or key_embed.0 has a bias'
-    return _why_not_training(layer, m, x, any_float=True) or _why_not_32_bits(x, m['embed.3'].out_channels)
+    return (
+        _why_not_training(layer, m, x, any_float=True)
+        or ('the mixing has one value of each channel, which has no variance' if len(x) == 1 else None)
+        or _why_not_32_bits(x, m['embed.3'].out_channels))
 
 
 def _why_not_32_bits(x: Tensor, channels: int) -> Optional[str]:

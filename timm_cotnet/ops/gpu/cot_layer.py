@@ -80,13 +80,10 @@ class TrainCotLayer(torch.autograd.Function):
             static, key_table = norm_forward(
                 _channels_last(static_in), p.key_weight, p.key_bias, s.key_averages, s.key_eps)
             of_query, of_key, attn, value_filters = _matrices(p, s)
-            hidden_in = _rows(x) @ of_query.t()
-            hidden_in.addmm_(_rows(static), of_key.t())
-            hidden_in = _image(hidden_in, x)
+            hidden_in = _conv1x1(x, of_query, addend=_conv1x1(static, of_key))
             hidden, first_table = norm_forward(
                 hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
-            logits = _image(_rows(hidden) @ attn.t(), x)
-            value = _image(_rows(x) @ value_filters.t(), x)
+            logits, value = _conv1x1(hidden, attn), _conv1x1(x, value_filters)
             mixed, *kept = train_forward(value, logits, static, p.rest, s.averages, s.contexts)
         ctx.settings = s
         ctx.save_for_backward(
@@ -107,22 +104,21 @@ class TrainCotLayer(torch.autograd.Function):
             of_query, of_key, attn, value_filters = _matrices(p, s)
             grad_value, grad_logits, grad_static, *grads = train_backward(
                 grad, value, logits, static, *kept, p.rest, s.contexts)
-            grad_hidden = _image(_rows(grad_logits) @ attn, x)
-            grad_attn = _rows(grad_logits).t() @ _rows(hidden) if need_attn else None
+            grad_hidden = _conv1x1(grad_logits, attn.t())
+            grad_attn = _filter_grad(grad_logits, hidden) if need_attn else None
             grad_hidden, _, first_grads = norm_backward(
                 grad_hidden, hidden_in, hidden, p.first_weight, first_table)
-            _rows(grad_static).addmm_(_rows(grad_hidden), of_key)
-            of_first = [_rows(grad_hidden).t() @ _rows(t) for t in (x, static)] if need_first else None
+            grad_static = _conv1x1(grad_hidden, of_key.t(), addend=grad_static)
+            of_first = [_filter_grad(grad_hidden, t) for t in (x, static)] if need_first else None
             grad_static, _, key_grads = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
             key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
             grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
                 grad_static, x, key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0], groups,
                 [need_x, need_key, False])
             if need_x:
-                grad_x = _channels_last(grad_x)
-                _rows(grad_x).addmm_(_rows(grad_hidden), of_query)
-                _rows(grad_x).addmm_(_rows(grad_value), value_filters)
-            grad_value = _rows(grad_value).t() @ _rows(x) if need_value else None
+                grad_x = _conv1x1(grad_hidden, of_query.t(), addend=_channels_last(grad_x))
+                grad_x = _conv1x1(grad_value, value_filters.t(), addend=grad_x)
+            grad_value = _filter_grad(grad_value, x) if need_value else None
             # of filters without groups to those with
             if need_key and groups != s.key_groups:
                 grad_key = _of_groups(grad_key, s.key_groups)
@@ -138,14 +134,30 @@ class TrainCotLayer(torch.autograd.Function):
         return grad_x, None, *grads
 
 
+def _conv1x1(x: Tensor, filters: Tensor, addend: Optional[Tensor] = None) -> Tensor:
+    """A 1x1 convolution with filters (out, channels), channels-last; the sum is written over addend."""
+    if x.dtype == torch.float32:  # whether it may run in TF32 is said for convolutions and for products apart
+        out = F.conv2d(x, filters[:, :, None, None])
+        return out if addend is None else addend.add_(out)
+    if addend is not None:
+        _rows(addend).addmm_(_rows(x), filters.t())
+        return addend
+    B, _, H, W = x.shape
+    return (_rows(x) @ filters.t()).view(B, H, W, -1).permute(0, 3, 1, 2)
+
+
+def _filter_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the filters of a 1x1 convolution, (out, channels)."""
+    if x.dtype != torch.float32:
+        return _rows(grad).t() @ _rows(x)
+    filters = grad.new_empty(grad.shape[1], x.shape[1], 1, 1)
+    return torch.ops.aten.convolution_backward(
+        grad, x, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])[1].flatten(1)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(B, C, H, W), channels-last, as a matrix of pixels: (B * H * W, C)."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _image(rows: Tensor, like: Tensor) -> Tensor:
-    B, _, H, W = like.shape
-    return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
 
 
 def _channels_last(x: Tensor) -> Tensor:

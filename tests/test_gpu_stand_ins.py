@@ -1,0 +1,296 @@
+"""Norms, blocks, inference and pools by Triton kernels against plain PyTorch; see `triton_helpers.py`."""
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import FORMAT_NAMES, FORMATS, image, shaken, shortcut
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from triton_helpers import (
+    DEVICE, INTERPRETED, LAYERS_AND_FORMATS, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error,
+    exact, gradient_for, gradients_of_gradients, kernels, passed_in_the_interpreter, plain, value_and_grads)
+
+from timm_cotnet import CotBottleneck, SplitAttnBottleneck
+from timm_cotnet.ops.gpu import launch
+from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
+from timm_cotnet.ops.gpu.stand_ins import (
+    infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
+    train_bottleneck)
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """Float32 is that on a GPU too, and each time the same."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason='is already inside')
+def test_kernels_in_the_interpreter():
+    pytest.importorskip('triton', reason='Triton is not installed')
+    if launch._has_old_launcher():
+        pytest.skip('written for Triton 3.3 and later, whose interpreter loops between numbers that kernels compute')
+    passed, skipped = passed_in_the_interpreter(__file__)
+    assert passed >= 75 and skipped == 1  # this test
+
+
+# Norms
+
+
+def create_norm(C=16, dtype=torch.float64):
+    torch.manual_seed(0)
+    return shaken(nn.BatchNorm2d(C)).to(DEVICE, dtype)
+
+
+class Tail(nn.Module):
+    """A norm and what follows it."""
+
+    def __init__(self, norm, relu, residual):
+        super().__init__()
+        self.norm, self.relu, self.residual = norm, relu, residual
+
+    def own(self, x):
+        out = self.norm(x)
+        if self.residual:
+            out = out + x[:, :, :1].cos()
+        return F.relu(out) if self.relu else out
+
+    def by_kernels(self, x):
+        residual = x[:, :, :1].cos().expand_as(x) if self.residual else None
+        return (norm_act if self.training else norm_act_eval)(x, self.norm, self.relu, residual)
+
+
+@kernels
+def test_norm_of_a_large_mean():
+    norm, x = create_norm(16, torch.float32), image(2, 16, 9, 7, torch.channels_last) + 1000
+    reference, exact_x = exact(norm, x)
+    assert error(norm_act(x.to(DEVICE), norm), F.relu(reference(exact_x))) < 1e-3
+    assert error(norm.running_var, reference.running_var) < 1e-4
+
+
+@kernels
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('C, shape', [(16, (2, 5, 3)), (40, (1, 2, 3)), (9, (3, 1, 1))])
+def test_norm_act(C, shape, relu, residual):
+    tail, x = Tail(create_norm(C), relu, residual), image(shape[0], C, *shape[1:], dtype=torch.float64).to(DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last)
+    reference, exact_x = exact(tail, x)
+    got = value_and_grads(Tail.by_kernels, tail, x)
+    assert_all_close(got, value_and_grads(Tail.own, reference, exact_x), 1e-9)
+    for name, buffer in tail.named_buffers():
+        torch.testing.assert_close(buffer.cpu(), reference.get_buffer(name))
+    expected = gradients_of_gradients(Tail.own, reference, exact_x)
+    assert_all_close(gradients_of_gradients(Tail.by_kernels, tail, x), expected, 1e-7)
+
+
+@kernels
+@pytest.mark.parametrize('memory_format', FORMATS, ids=FORMAT_NAMES.get)
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('residual', [False, True])
+def test_norm_act_in_evaluation(residual, dtype, memory_format):
+    tail = Tail(create_norm(24), True, residual).eval()
+    x = image(2, 24, 3, 5, memory_format, dtype).to(DEVICE)
+    residual = image(2, 24, 3, 5, seed=5).to(DEVICE) if residual else None
+    with torch.no_grad():
+        got = norm_act_eval(x, tail.norm, True, residual)
+        exact_norm, exact_x = exact(tail.norm, x)
+        expected = exact_norm(exact_x) + (0 if residual is None else residual.cpu().double())
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    assert error(got, F.relu(expected)) < (1e-12 if dtype == torch.float64 else 2 ** -7)
+
+
+@kernels
+def test_norm_act_of_mixed_dtypes():
+    """As under autocast: parameters in float32, and a residual in another dtype than x."""
+    norm = create_norm(16, torch.float32)
+    x = image(2, 16, 4, 3, torch.channels_last, torch.bfloat16).to(DEVICE).requires_grad_()
+    residual = image(2, 16, 4, 3, seed=5).to(DEVICE).requires_grad_()
+    exact_norm, exact_x = exact(norm, x)
+    out = norm_act(x, norm, residual=residual)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    exact_x, exact_residual = exact_x.requires_grad_(), residual.detach().cpu().double().requires_grad_()
+    expected = F.relu(exact_norm(exact_x) + exact_residual)
+    expected.square().sum().backward()
+    assert error(out, expected) < 2 ** -6
+    pairs = (x, exact_x), (residual, exact_residual), (norm.weight, exact_norm.weight), (norm.bias, exact_norm.bias)
+    for ours, theirs in pairs:
+        assert ours.grad.dtype == ours.dtype and error(ours.grad, theirs.grad) < 0.03
+
+
+@kernels
+@pytest.mark.parametrize('training', [False, True])
+def test_nan_stays_nan(training):
+    norm, x = create_norm(16), image(2, 16, 3, 4, torch.channels_last, torch.float64).to(DEVICE)
+    x[1, 3, 2, 1] = float('nan')
+    with torch.no_grad():
+        out = (norm_act if training else norm_act_eval)(x, norm.train(training))
+    expected = torch.zeros_like(x, dtype=torch.bool)
+    expected[(slice(None), 3) if training else (1, 3, 2, 1)] = True
+    assert torch.equal(out.isnan(), expected)
+
+
+# Blocks, and inference
+
+
+def create_block(cls, downsample, dtype=torch.float64):
+    torch.manual_seed(0)
+    if downsample == 'pool':
+        block = cls(16, 16, 2, shortcut(16, 64))
+    elif downsample == 'stride':
+        block = cls(16, 16, 2, nn.Sequential(nn.Conv2d(16, 64, 1, 2, bias=False), nn.BatchNorm2d(64)))
+    else:
+        block = cls(64, 16)
+    x = image(4, 64 if downsample is None else 16, 6, 5, torch.channels_last, dtype)
+    return shaken(block).to(DEVICE, dtype), x.to(DEVICE)
+
+
+BLOCKS = [
+    (CotBottleneck, None), (CotBottleneck, 'pool'), (CotBottleneck, 'stride'),
+    (functools.partial(CotBottleneck, cardinality=2, base_width=64), 'pool'), (SplitAttnBottleneck, 'pool')]
+BLOCK_NAMES = ['cot', 'cot_pool', 'cot_stride', 'coxt_pool', 'split_pool']
+
+
+@kernels
+@pytest.mark.parametrize('cls, downsample', BLOCKS, ids=BLOCK_NAMES)
+def test_train_bottleneck(cls, downsample):
+    block, x = create_block(cls, downsample)
+    names = [name for name, module in block.named_modules() if name == 'conv2.se.0' or name == 'conv2.fc1']
+    assert_trains_like_plain(train_bottleneck, block, x, zero=[f'{name}.bias' for name in names])
+
+
+@kernels
+def test_train_bottleneck_of_a_frozen_input():
+    block, x = create_block(CotBottleneck, 'pool')
+    reference, exact_x = exact(block, x)
+    out, expected = train_bottleneck(block, x), plain(reference, exact_x)
+    grad = torch.empty_like(out).copy_(gradient_for(out))
+    out.backward(grad), expected.backward(grad.cpu())
+    assert x.grad is None
+    for name, parameter in block.named_parameters():
+        if name != 'conv2.se.0.bias':
+            assert error(parameter.grad, reference.get_parameter(name).grad) < 1e-9, name
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('cls, downsample', BLOCKS, ids=BLOCK_NAMES)
+def test_infer_bottleneck(cls, downsample):
+    block, x = create_block(cls, downsample)
+    assert error(infer_bottleneck(block.eval(), x), plain(*exact(block, x))) < 1e-9
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS, ids=str)
+def test_infer_cot_layer(tag, memory_format):
+    layer, x = create(tag, memory_format=memory_format)
+    expected = plain(*exact(layer.eval(), x))
+    out = infer_cot_layer(layer, x)
+    assert error(out, expected) < 1e-9 and out.is_contiguous(memory_format=memory_format)
+    assert error(infer_cot_layer(layer, x[:1]), expected[:1]) < 1e-9
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('tag', ['cot', 'coxt'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_infer_cot_layer_in_other_dtypes(dtype, tag):
+    layer, x = create(tag, dtype)
+    out = infer_cot_layer(layer.eval(), x)
+    assert out.dtype == dtype and error(out, plain(*exact(layer, x))) < TOLERANCE[dtype]
+    if dtype != torch.float32:
+        layer, x = create(tag, torch.float32)
+        with torch.autocast(DEVICE, dtype):
+            out = infer_cot_layer(layer.eval(), x)
+        assert out.dtype == dtype and error(out, plain(*exact(layer, x))) < TOLERANCE[dtype]
+
+
+@pytest.fixture
+def folded_dtype(monkeypatch):
+    """The most exact one that cuDNN has fused convolutions for; in the interpreter plain PyTorch stands in for it."""
+    if not INTERPRETED:
+        return torch.float32
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: F.relu(F.conv2d(x, w, b, *args)))
+    monkeypatch.setattr(
+        torch, 'cudnn_convolution_add_relu',
+        lambda x, w, z, alpha, b, *args: F.relu(F.conv2d(x, w, b, *args) + alpha * z))
+    return torch.float64
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('tag, memory_format', LAYERS_AND_FORMATS, ids=str)
+def test_infer_folded_cot_layer(tag, memory_format, folded_dtype):
+    layer, x = create(tag, folded_dtype, memory_format)
+    expected = plain(*exact(layer.eval(), x))
+    out = infer_folded_cot_layer(layer.fuse(), x)
+    assert error(out, expected) < TOLERANCE[folded_dtype] and out.is_contiguous(memory_format=memory_format)
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('cls, downsample', BLOCKS, ids=BLOCK_NAMES)
+def test_infer_folded_bottleneck(cls, downsample, folded_dtype):
+    block, x = create_block(cls, downsample, folded_dtype)
+    expected = plain(*exact(block.eval(), x))
+    assert error(infer_folded_bottleneck(block.fuse(), x), expected) < TOLERANCE[folded_dtype]
+
+
+# Pools
+
+
+def assert_pools_like_plain(module, x, tolerance):
+    """Output, gradient and the gradient of that."""
+    exact_x = x.detach().cpu().double().requires_grad_()
+    expected = nn.AvgPool2d.forward(module, exact_x)
+    expected_grad = gradient_for(expected).requires_grad_()
+    expected_x_grad, = torch.autograd.grad(expected, exact_x, expected_grad, create_graph=True)
+    x = x.detach().requires_grad_()
+    out = pool(module, x)
+    grad = torch.empty_like(out).copy_(expected_grad.detach()).requires_grad_()
+    x_grad, = torch.autograd.grad(out, x, grad, retain_graph=True)
+    assert out.dtype == x_grad.dtype == x.dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert error(out, expected) <= tolerance and error(x_grad, expected_x_grad) <= tolerance
+    x_grad, = torch.autograd.grad(out, x, grad, create_graph=True)
+    onto = gradient_for(x_grad)
+    again, = torch.autograd.grad(x_grad, grad, onto.to(x_grad))
+    assert error(again, torch.autograd.grad(expected_x_grad, expected_grad, onto)[0]) <= tolerance
+
+
+@kernels
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_pool_dtypes(dtype):
+    x = image(2, 24, 7, 6, torch.channels_last, dtype).to(DEVICE)
+    assert_pools_like_plain(nn.AvgPool2d(3, 2, 1), x, 1e-12 if dtype == torch.float64 else 2 ** -7)
+
+
+@kernels
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_pool(data):
+    def size(low, high):
+        return data.draw(st.integers(low, high))
+
+    kernel_size, stride = (size(1, 4), size(1, 4)), (size(1, 3), size(1, 3))
+    padding = tuple(size(0, k // 2) for k in kernel_size)
+    H, W = (size(max(1, k - 2 * p), 9) for k, p in zip(kernel_size, padding))
+    x = image(size(1, 2), size(2, 20), H, W, torch.channels_last, torch.float64).to(DEVICE)
+    module = nn.AvgPool2d(kernel_size, stride, padding)
+    assert_pools_like_plain(module, x, 1e-12)
+    torch.testing.assert_close(padded_pool(module, x), pool(module, x), rtol=0, atol=1e-12)
+
+
+@kernels
+def test_padded_pool():
+    x = image(2, 8, 7, 6, torch.channels_last, torch.float64).to(DEVICE).requires_grad_()
+    module = nn.AvgPool2d(3, 2, (1, 0))
+    outs = pool(module, x), padded_pool(module, x)
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
+    grad = gradient_for(outs[0]).to(DEVICE)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in outs), rtol=0, atol=1e-12)
