@@ -302,8 +302,9 @@ def why_not_folded_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
 
 
 def _why_not_cudnn(x: Tensor) -> Optional[str]:
-    if x.dtype == torch.float64 or not torch.backends.cudnn.enabled or not torch.backends.cudnn.is_available():
-        return f'cuDNN is turned off, or has no convolution with ReLU for {x.dtype}'
+    if x.dtype == torch.float64 or torch.version.hip is not None \
+            or not torch.backends.cudnn.enabled or not torch.backends.cudnn.is_available():
+        return f'there is no cuDNN, or it is turned off or has no convolution with ReLU for {x.dtype}'
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast chooses the dtypes'
     return None
