@@ -6,6 +6,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,3 +124,10 @@ def repo(server) -> str:
 
     server.commit('faults/repo', {'config.json': CONFIG, 'model.safetensors': SAFE})
     return 'faults/repo'
+
+
+@pytest.fixture
+def exact_convolutions(monkeypatch):
+    """Float32 is that on a GPU too, and each time the same."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)

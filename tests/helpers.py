@@ -1,5 +1,5 @@
 """What several test files use: modules and inputs, comparisons, and a wing of CPU kernels in plain PyTorch."""
-from contextlib import nullcontext
+import contextlib
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ class PlainWing:
 def plain_wing(use=True):
     """A context in which `PlainWing` takes the place of the wing; without `use`, one that changes nothing."""
     if not use:
-        return nullcontext(None)
+        return contextlib.nullcontext(None)
     return _wing(PlainWing())
 
 
@@ -187,3 +187,14 @@ class _wing:
 
     def __exit__(self, *_):
         self.patch.undo()
+
+
+@contextlib.contextmanager
+def threads_set(threads):
+    """PyTorch works with so many threads while it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

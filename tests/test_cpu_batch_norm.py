@@ -1,5 +1,4 @@
 """Batch norm with what follows it in C, in training, against the definition and PyTorch's modules in float64."""
-import contextlib
 import copy
 import itertools
 
@@ -12,7 +11,7 @@ from timm_cotnet.ops.batch_norm import batch_norm_act
 from timm_cotnet.ops.cpu import build
 from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
 
-from helpers import FORMATS, difference, shaken, shortcut
+from helpers import FORMATS, difference, shaken, shortcut, threads_set
 
 pytestmark = pytest.mark.skipif(
     isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
@@ -53,16 +52,6 @@ def assert_close(actual, expected, tolerance=1e-4):
     """Gradients that are zero but for rounding are compared with 0.01."""
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-2)
-
-
-@contextlib.contextmanager
-def threads_set(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('threads', [1, 2, 7])

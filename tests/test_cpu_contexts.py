@@ -1,9 +1,9 @@
 """All of a CoT layer behind its convolutions in C, in training and folded, against the definition in float64."""
-import contextlib
 import copy
 
 import pytest
 import torch
+from helpers import threads_set
 
 from timm_cotnet import CotLayer, CoxtLayer, local_conv
 from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
@@ -66,16 +66,6 @@ def assert_gradients_close(actual, expected, tolerance=1e-3):
     for i, (one, other) in enumerate(zip(actual, expected)):
         if i != 3 + 7:  # a bias that a norm takes out again: zero but for rounding
             assert_close(one, other, tolerance)
-
-
-@contextlib.contextmanager
-def threads_set(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('threads', [1, 3])

@@ -1,8 +1,7 @@
 """The local convolution in C: values and gradients against the definition in double precision."""
-import contextlib
-
 import pytest
 import torch
+from helpers import threads_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,16 +32,6 @@ def exact(x, weight, kernel_size=3, dilation=1):
 def assert_close(actual, expected, dtype=torch.float32):
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1)
-
-
-@contextlib.contextmanager
-def threads_set(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=60, deadline=None)

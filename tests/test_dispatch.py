@@ -213,6 +213,12 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'strides': (lambda m: m.bn._buffers.update(running_var=torch.ones(64)[::2]), 'is not a plain contiguous tensor'),
     'filters': (replaced('embed.4', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
     'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, groups=2)), 'se is not made of two 1x1 convolutions'),
+    'keys of other pixels': (replaced('key_embed.0', nn.Conv2d(32, 32, 3, groups=4, bias=False)), 'has other sizes'),
+    'filters of other sizes': (
+        lambda m: m.conv1x1[0]._parameters.update(weight=nn.Parameter(torch.ones(16, 32, 1, 1))),
+        r'the filters or the bias of conv1x1\.0 have other sizes than it says'),
+    'norm of other sizes': (replaced('se.1', nn.BatchNorm2d(8)), r'se\.1 has 8 channels, what it norms has 32'),
+    'hidden of other sizes': (replaced('se.3', nn.Conv2d(16, 64, 1)), 'se is not made of two 1x1 convolutions'),
     'mixing bias': (replaced('se.3', nn.Conv2d(32, 64, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
 }
 
@@ -233,6 +239,22 @@ def test_reasons_in_training(what):
         change(layer)
         found = reason(layer, x, TRAIN)
     assert re.search(expected, found), found
+
+
+@pytest.mark.parametrize('what', [what for what in TRAINING if what not in ('dtype', 'statistic')])  # taken there
+def test_reasons_on_a_gpu(what, monkeypatch):
+    """The conditions of a GPU's kernels, asked with tensors of the CPU."""
+    monkeypatch.setattr(conditions, 'why_not_triton', lambda x: None)
+    change, expected = TRAINING[what]
+    layer, x = create('CotLayer').train(), channels_last(3, 32, 6, 7)
+    assert conditions.why_not_train_on_gpu(layer, x) is None
+    change(layer)
+    found = conditions.why_not_train_on_gpu(layer, x)
+    assert re.search(expected, found), found
+    with torch.no_grad():
+        if what not in ('frozen norm of keys', 'frozen norm', 'evaluation', 'momentum'):
+            assert conditions.why_not_infer_on_gpu(layer.eval(), x) is not None
+        assert conditions.why_not_infer_on_gpu(create('CotLayer').eval(), x) is None
 
 
 TRAINING_BLOCK = {  # of a CotBottleneck or SplitAttnBottleneck in training: change, part of the reason

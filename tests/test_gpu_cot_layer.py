@@ -21,11 +21,7 @@ from timm_cotnet.ops.gpu.stand_ins import train_cot_layer
 CONVS = ('key_embed.0.weight', 'embed.0.weight', 'embed.3.weight', 'conv1x1.0.weight')
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    """Float32 is that on a GPU too, and each time the same."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+pytestmark = pytest.mark.usefixtures('exact_convolutions')
 
 
 @pytest.mark.slow

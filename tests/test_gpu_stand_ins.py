@@ -20,11 +20,7 @@ from timm_cotnet.ops.gpu.stand_ins import (
     train_bottleneck)
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    """Float32 is that on a GPU too, and each time the same."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+pytestmark = pytest.mark.usefixtures('exact_convolutions')
 
 
 @pytest.mark.slow
@@ -161,6 +157,14 @@ def test_train_bottleneck(cls, downsample):
     block, x = create_block(cls, downsample)
     names = [name for name, module in block.named_modules() if name == 'conv2.se.0' or name == 'conv2.fc1']
     assert_trains_like_plain(train_bottleneck, block, x, zero=[f'{name}.bias' for name in names])
+
+
+@kernels
+def test_train_bottleneck_with_a_shortcut_that_is_spread():
+    """What is added in place may have fewer values."""
+    block, x = create_block(CotBottleneck, None)
+    block.downsample = nn.AdaptiveAvgPool2d(1)
+    assert_trains_like_plain(train_bottleneck, block, x, zero=('conv2.se.0.bias',))
 
 
 @kernels

@@ -10,7 +10,7 @@ from torch import nn
 from timm_cotnet import CotLayer
 from timm_cotnet.ops import dispatch
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', reason='counts launches of Triton kernels, and Triton is not installed')
 
 SHAPE = (256, 64, 56, 56)  # of the CoT layers in CoTNet-50's first stage, at batch 256
 UNIT = 2 * torch.Size(SHAPE).numel()  # bytes of one activation in bfloat16

@@ -162,12 +162,20 @@ def _find(
         parameters = own['_parameters']
         if kind in _WEIGHTED and 'weight' not in parameters:
             return f'the weight of {path} is computed whenever it is read'
+        if kind is nn.Conv2d and not _has_its_sizes(child, parameters):
+            return f'the filters or the bias of {path} have other sizes than it says'
         for parameter in parameters.values():
             if parameter is not None and like is not None and not _is_plain(parameter, like, any_float):
                 return f'a parameter of {path} is not a plain {like.dtype} tensor on {like.device.type}'
         found.append(child)
         by_path[path] = child
     return by_path
+
+
+def _has_its_sizes(conv: nn.Conv2d, parameters: Dict[str, Optional[Tensor]]) -> bool:
+    weight, bias, out = parameters['weight'], parameters.get('bias'), conv.out_channels
+    return weight.shape == (out, conv.in_channels // conv.groups, *conv.kernel_size) \
+        and (bias is None or bias.shape == (out,))
 
 
 def _is_plain(tensor: Tensor, like: Tensor, any_float: bool = False) -> bool:
@@ -183,8 +191,15 @@ def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
 def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int) -> bool:
     return (
         _is_pointwise(first, 1) and _is_pointwise(second, 1) and first.bias is not None and second.bias is not None
-        and second.out_channels == 2 * dim == 2 * first.in_channels
+        and second.out_channels == 2 * dim == 2 * first.in_channels and second.in_channels == first.out_channels
     )
+
+
+def _makes_static(key: nn.Conv2d, channels: int) -> bool:
+    """Whether the key convolution gives as many channels and pixels as it gets."""
+    return key.in_channels == key.out_channels == channels and key.stride == (1, 1) and all(
+        2 * padding == dilation * (size - 1)
+        for padding, dilation, size in zip(key.padding, key.dilation, key.kernel_size))
 
 
 def why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
@@ -211,10 +226,6 @@ def why_not_train_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
     m = _find(layer, _COT_LAYER, x, any_float=True)
     if isinstance(m, str):
         return m
-    key, C = m['key_embed.0'], x.shape[1]
-    if key.bias is not None or key.stride != (1, 1) or key.out_channels != C or key.in_channels != C \
-            or m['embed.0'].out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
-        return 'a convolution has other sizes than the layer gives it, or key_embed.0 has a bias'
     return (
         _why_not_training(layer, m, x, any_float=True)
         or ('the mixing has one value of each channel, which has no variance' if len(x) == 1 else None)
@@ -255,6 +266,13 @@ def _why_not_convs(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Opti
     if not m['conv1x1.1'].num_features == m['bn'].num_features == C == m['conv1x1.0'].out_channels \
             or m['conv1x1.0'].bias is not None:
         return 'values or their norms have not as many channels as x, or their convolution has a bias'
+    if not _makes_static(m['key_embed.0'], C) or m['key_embed.0'].bias is not None \
+            or m['embed.0'].out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
+        return 'a convolution has other sizes than the layer gives it, or key_embed.0 has a bias'
+    for path, channels in (
+            ('key_embed.1', C), ('embed.1', m['embed.0'].out_channels), ('se.1', m['se.0'].out_channels)):
+        if m[path].num_features != channels:
+            return f'{path} has {m[path].num_features} channels, what it norms has {channels}'
     return None
 
 
@@ -277,6 +295,13 @@ def why_not_infer_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
 def _why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor) -> Optional[str]:
     if norm.training or not norm.affine or norm.running_mean is None or norm.running_var is None:
         return 'a batch norm does not use running statistics, or has no weight'
+    return _why_not_norm(norm, x, any_float=True)
+
+
+def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool) -> Optional[str]:
+    if not all(_is_plain(t, x, any_float) and t.is_contiguous() and len(t) == norm.num_features
+               for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)):
+        return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
     return None
 
 
@@ -323,17 +348,14 @@ def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[st
 def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool = False) -> Optional[str]:
     if not (norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
         return 'a batch norm does not use and average the statistics of the batch, or has no weight'
-    if not all(_is_plain(t, x, any_float) and t.is_contiguous() and len(t) == norm.num_features
-               for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)):
-        return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
-    return None
+    return _why_not_norm(norm, x, any_float)
 
 
 def _why_not_filters(layer: nn.Module, attn: nn.Conv2d, norm: nn.GroupNorm, channels: int) -> Optional[str]:
     """For what makes the filters, and their norm."""
     taps = layer.kernel_size ** 2
     if not (attn.bias is not None and norm.weight is not None and norm.bias is not None
-            and attn.out_channels == norm.num_channels == norm.num_groups * taps
+            and attn.out_channels == norm.num_channels == norm.num_groups * taps == len(norm.weight) == len(norm.bias)
             and norm.num_groups % layer.groups == 0 and channels % norm.num_groups == 0):
         return 'filters or their norm have other sizes than the layer gives them'
     return None
@@ -362,6 +384,10 @@ def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Opt
         return 'query, key, embed.1 or value.0 is not a 1x1 convolution with the groups of the layer'
     if not _is_mixing(m['se.0'], m['se.2'], C):
         return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
+    if not _makes_static(m['key_embed.0'], C) or not m['value.0'].in_channels == m['query'].in_channels == C \
+            or m['key'].in_channels != C \
+            or not m['query'].out_channels == m['key'].out_channels == m['embed.1'].in_channels:
+        return 'key_embed.0, query, key or value.0 has other sizes than the layer gives it'
     if m['value.0'].out_channels != C or layer.scale is not None \
             or not _is_plain(layer.shift, x) or layer.shift.shape != (C,):
         return 'values have not as many channels as x, or more than a shift is left of the norm behind the filters'

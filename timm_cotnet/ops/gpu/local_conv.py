@@ -12,6 +12,8 @@ from typing import Callable, Optional, Tuple
 import torch
 from torch.autograd import forward_ad
 
+from .launch import power_of_2
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -200,12 +202,12 @@ def _launch(
     G = weight.shape[1]
     M = C // G
     if a.stride(1) == 1:  # channels-last: neighbours in memory are channels
-        BLOCK_G = min(_power_of_2(G), 64)
-        BLOCK_M = min(_power_of_2(M), max(8, 64 // BLOCK_G))
-        BLOCK_W = min(_power_of_2(W), 8)
+        BLOCK_G = min(power_of_2(G), 64)
+        BLOCK_M = min(power_of_2(M), max(8, 64 // BLOCK_G))
+        BLOCK_W = min(power_of_2(W), 8)
         SKEW = BLOCK_G * a.element_size() < 128
     else:  # contiguous: neighbours in memory are pixels
-        BLOCK_G, BLOCK_M, BLOCK_W, SKEW = 1, min(_power_of_2(M), 8), min(_power_of_2(W), 64), False
+        BLOCK_G, BLOCK_M, BLOCK_W, SKEW = 1, min(power_of_2(M), 8), min(power_of_2(W), 64), False
 
     (strides_a, align_a), (strides_b, align_b), (strides_out, align_out) = map(_strides, (a, b, out))
 
@@ -240,8 +242,3 @@ def _strides(tensor: torch.Tensor) -> Tuple[Tuple[int, ...], int]:
     """
     factor = math.gcd(16, *(s for axis, s in enumerate(tensor.stride()) if axis != 1 and tensor.shape[axis] > 1))
     return tuple(s if axis == 1 else s // factor for axis, s in enumerate(tensor.stride())), factor
-
-
-def _power_of_2(size: int) -> int:
-    """The smallest power of two that is not below size."""
-    return 1 << (size - 1).bit_length()

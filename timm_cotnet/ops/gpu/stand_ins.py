@@ -35,7 +35,7 @@ def _norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional
         return (norm_act if norm.training else norm_act_eval)(x, norm, relu, residual)
     out = norm(x)
     if residual is not None:
-        out = out + residual
+        out += residual  # in place, as in the block: it may have fewer values, not more
     return F.relu(out) if relu else out
 
 
