@@ -238,6 +238,20 @@ def test_infer_folded_cot_layer(tag, memory_format, folded_dtype):
 
 @kernels
 @torch.no_grad()
+def test_parameters_that_are_not_contiguous(folded_dtype):
+    layer, x = create('cot', folded_dtype)
+    expected = plain(*exact(layer.eval(), x))
+    layer = layer.fuse()
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 1:
+                module._parameters[name] = nn.Parameter(torch.stack([parameter, -parameter], 1)[:, 0])
+                assert not module._parameters[name].is_contiguous()
+    assert error(infer_folded_cot_layer(layer, x), expected) < TOLERANCE[folded_dtype]
+
+
+@kernels
+@torch.no_grad()
 @pytest.mark.parametrize('cls, downsample', BLOCKS, ids=BLOCK_NAMES)
 def test_infer_folded_bottleneck(cls, downsample, folded_dtype):
     block, x = create_block(cls, downsample, folded_dtype)

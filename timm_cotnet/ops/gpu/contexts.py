@@ -71,6 +71,7 @@ def filter_table(
     from . import contexts_kernels, rows
 
     (B, N), walk, (dtype, acc) = logits.shape[:2], image_rows(logits), accumulator(logits.dtype)
+    conv_bias, weight, bias = conv_bias.contiguous(), weight.contiguous(), bias.contiguous()
     moments = logits.new_empty(B, walk.runs, 2, N, dtype=dtype)
     launch(rows.moments_kernel, walk.grid, logits, moments, *walk.sizes, C=N, **walk.blocks, ACC=acc)
     table, means = moments.new_empty(B, 4, N), moments.new_empty(B, N)
@@ -106,13 +107,15 @@ def infer_contexts(
     from . import contexts_kernels as kernels, mixing_kernels
 
     (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    table = table.contiguous()
     dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
            NORMED=value_table is not None)
     attn, hidden = pooled.new_empty(B, 2 * C), mixing.bias1.shape[0]
-    launch(mixing_kernels.attend_kernel, (B,), pooled, mixing.weight1.contiguous(), mixing.bias1,
-           pooled if mixing.table is None else mixing.table, mixing.weight2.contiguous(), mixing.bias2, attn, walk.runs,
+    mixing = Mixing(*(t if t is None else t.contiguous() for t in mixing))
+    launch(mixing_kernels.attend_kernel, (B,), pooled, mixing.weight1, mixing.bias1,
+           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, walk.runs,
            C=C, A=hidden, NORMED=mixing.table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
     mixed = torch.empty_like(value)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, mixed, *walk.sizes,
