@@ -104,6 +104,8 @@ PARTS = [
     Part('C kernels of batch norms in training', _without_norms, TRAINING,
          ('cpu/batch_norm.c', 'cpu/batch_norm.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
     Part('products of matrices for gradients of 1x1 convolutions', _without_pointwise, TRAINING, ('pointwise.py',)),
+    Part('both: what is not CoT in training', lambda: (_without_norms(), _without_pointwise()), TRAINING,
+         ('cpu/batch_norm.c', 'cpu/batch_norm.py', 'pointwise.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
     Part('C local convolution', lambda: _replace(conditions, 'why_not_native_local_conv', lambda *args: 'left out'),
          OWN_LOCAL_CONV, ('cpu/local_conv.c', 'cpu/local_conv.py'), ('cpu/build.py',)),
 ]

@@ -144,6 +144,7 @@ def _find(
     Each has exactly its type, no hooks and no forward of its own. All parameters are plain tensors, like the one given
     if there is one; if any_float in any floating dtype.
     """
+    # the tensors of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
     if are_watched([]):
         return 'hooks watch all modules'
     found, by_path = [module], {}
@@ -151,7 +152,7 @@ def _find(
         child = found[parent]._modules.get(name)
         if type(child) is not kind:
             return f'{path} is a {type(child).__name__}, not a {kind.__name__}'
-        own = child.__dict__  # read often: `nn.Module` takes long to look up attributes
+        own = child.__dict__
         if size and len(own['_modules']) != size:
             return f'{path} is not a sequence of {size} modules'
         if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'] \
@@ -164,8 +165,8 @@ def _find(
             return f'the weight of {path} is computed whenever it is read'
         if kind is nn.Conv2d and not _has_its_sizes(child, parameters):
             return f'the filters or the bias of {path} have other sizes than it says'
-        for parameter in parameters.values():
-            if parameter is not None and like is not None and not _is_plain(parameter, like, any_float):
+        for parameter in parameters.values() if like is not None else ():
+            if parameter is not None and not _is_plain(parameter, like, any_float):
                 return f'a parameter of {path} is not a plain {like.dtype} tensor on {like.device.type}'
         found.append(child)
         by_path[path] = child
@@ -184,22 +185,26 @@ def _is_plain(tensor: Tensor, like: Tensor, any_float: bool = False) -> bool:
         and (tensor.is_cpu if like.is_cpu else tensor.device == like.device)
 
 
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get('bias') is not None
+
+
 def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == groups
 
 
 def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int) -> bool:
     return (
-        _is_pointwise(first, 1) and _is_pointwise(second, 1) and first.bias is not None and second.bias is not None
+        _is_pointwise(first, 1) and _is_pointwise(second, 1) and _has_bias(first) and _has_bias(second)
         and second.out_channels == 2 * dim == 2 * first.in_channels and second.in_channels == first.out_channels
     )
 
 
 def _makes_static(key: nn.Conv2d, channels: int) -> bool:
     """Whether the key convolution gives as many channels and pixels as it gets."""
-    return key.in_channels == key.out_channels == channels and key.stride == (1, 1) and all(
-        2 * padding == dilation * (size - 1)
-        for padding, dilation, size in zip(key.padding, key.dilation, key.kernel_size))
+    (top, left), (down, right), (height, width) = key.padding, key.dilation, key.kernel_size
+    return key.in_channels == key.out_channels == channels and key.stride == (1, 1) \
+        and 2 * top == down * (height - 1) and 2 * left == right * (width - 1)
 
 
 def why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
@@ -261,16 +266,17 @@ def _why_not_convs(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Opti
         return 'embed.0, embed.3 or conv1x1.0 is not a 1x1 convolution with the groups of the layer'
     if not _is_mixing(m['se.0'], m['se.3'], C):
         return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
-    if m['embed.0'].bias is not None or m['embed.0'].in_channels != 2 * C or not m['embed.0'].weight.is_contiguous():
+    embed = m['embed.0']
+    if _has_bias(embed) or embed.in_channels != 2 * C or not embed._parameters['weight'].is_contiguous():
         return 'embed.0 has a bias or filters that are not contiguous, or does not read x and the static context'
     if not m['conv1x1.1'].num_features == m['bn'].num_features == C == m['conv1x1.0'].out_channels \
-            or m['conv1x1.0'].bias is not None:
+            or _has_bias(m['conv1x1.0']):
         return 'values or their norms have not as many channels as x, or their convolution has a bias'
-    if not _makes_static(m['key_embed.0'], C) or m['key_embed.0'].bias is not None \
-            or m['embed.0'].out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
+    if not _makes_static(m['key_embed.0'], C) or _has_bias(m['key_embed.0']) \
+            or embed.out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
         return 'a convolution has other sizes than the layer gives it, or key_embed.0 has a bias'
     for path, channels in (
-            ('key_embed.1', C), ('embed.1', m['embed.0'].out_channels), ('se.1', m['se.0'].out_channels)):
+            ('key_embed.1', C), ('embed.1', embed.out_channels), ('se.1', m['se.0'].out_channels)):
         if m[path].num_features != channels:
             return f'{path} has {m[path].num_features} channels, what it norms has {channels}'
     return None
@@ -293,15 +299,18 @@ def why_not_infer_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
 
 
 def _why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor) -> Optional[str]:
-    if norm.training or not norm.affine or norm.running_mean is None or norm.running_var is None:
+    if norm.training or not norm.affine or norm._buffers.get('running_mean') is None \
+            or norm._buffers.get('running_var') is None:
         return 'a batch norm does not use running statistics, or has no weight'
     return _why_not_norm(norm, x, any_float=True)
 
 
 def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool) -> Optional[str]:
-    if not all(_is_plain(t, x, any_float) and t.is_contiguous() and len(t) == norm.num_features
-               for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)):
-        return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
+    parameters, buffers, size = norm._parameters, norm._buffers, (norm.num_features,)
+    for t in (parameters.get('weight'), parameters.get('bias'),
+              buffers.get('running_mean'), buffers.get('running_var')):
+        if not _is_plain(t, x, any_float) or t.shape != size or not t.is_contiguous():
+            return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
     return None
 
 
@@ -353,9 +362,10 @@ def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool = False
 
 def _why_not_filters(layer: nn.Module, attn: nn.Conv2d, norm: nn.GroupNorm, channels: int) -> Optional[str]:
     """For what makes the filters, and their norm."""
-    taps = layer.kernel_size ** 2
-    if not (attn.bias is not None and norm.weight is not None and norm.bias is not None
-            and attn.out_channels == norm.num_channels == norm.num_groups * taps == len(norm.weight) == len(norm.bias)
+    size, parameters = (attn.out_channels,), norm._parameters
+    weight, bias = parameters.get('weight'), parameters.get('bias')
+    if not (_has_bias(attn) and weight is not None and bias is not None and weight.shape == bias.shape == size
+            and attn.out_channels == norm.num_channels == norm.num_groups * layer.kernel_size ** 2
             and norm.num_groups % layer.groups == 0 and channels % norm.num_groups == 0):
         return 'filters or their norm have other sizes than the layer gives them'
     return None
@@ -380,18 +390,18 @@ def why_not_folded_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
 def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Optional[str]:
     """Whether the parts of a folded CoT layer are those that kernels know."""
     C = x.shape[1]
-    if not all(_is_pointwise(m[path], layer.groups) for path in ('query', 'key', 'embed.1', 'value.0')):
+    query, key, attn, value = m['query'], m['key'], m['embed.1'], m['value.0']
+    if not all([_is_pointwise(conv, layer.groups) for conv in (query, key, attn, value)]):
         return 'query, key, embed.1 or value.0 is not a 1x1 convolution with the groups of the layer'
     if not _is_mixing(m['se.0'], m['se.2'], C):
         return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
-    if not _makes_static(m['key_embed.0'], C) or not m['value.0'].in_channels == m['query'].in_channels == C \
-            or m['key'].in_channels != C \
-            or not m['query'].out_channels == m['key'].out_channels == m['embed.1'].in_channels:
+    if not _makes_static(m['key_embed.0'], C) or not value.in_channels == query.in_channels == key.in_channels == C \
+            or not query.out_channels == key.out_channels == attn.in_channels:
         return 'key_embed.0, query, key or value.0 has other sizes than the layer gives it'
-    if m['value.0'].out_channels != C or layer.scale is not None \
-            or not _is_plain(layer.shift, x) or layer.shift.shape != (C,):
+    shift = layer._parameters.get('shift')
+    if value.out_channels != C or layer.scale is not None or not _is_plain(shift, x) or shift.shape != (C,):
         return 'values have not as many channels as x, or more than a shift is left of the norm behind the filters'
-    return _why_not_filters(layer, m['embed.1'], m['embed.2'], C)
+    return _why_not_filters(layer, attn, m['embed.2'], C)
 
 
 def why_not_folded_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
