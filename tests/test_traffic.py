@@ -81,16 +81,19 @@ def test_table_names_all_kernels_and_their_pointers(counter):
 
 def test_training_of_a_layer(counter, within):
     layer, x = CotLayer(SHAPE[1]).to('meta'), image()
-    with counter.counting(autocast=True) as events:
+    with counter.counting(autocast=True) as events, counter.keeping() as kept:
         forward = within(events, 'cot_layer', 'train_forward')
         backward = within(events, 'cot_layer', 'train_backward')
         out = layer(x)
+        kept = sum(storage.nbytes() for storage in kept.values())
         out.backward(torch.empty_like(out))
     assert x.grad.shape == SHAPE and all(p.grad.shape == p.shape for p in layer.parameters())
-    assert (launches(forward), launches(backward), launches(events)) == (16, 21, 91)
+    assert (launches(forward), launches(backward), launches(events)) == (16, 21, 93)
     assert units(forward) == pytest.approx(10.30, abs=0.01)
     assert units(backward) == pytest.approx(22.96, abs=0.01)
-    assert units(events) == pytest.approx(77.68, abs=0.01)
+    assert units(events) == pytest.approx(80.68, abs=0.01)
+    # x, what norms and local convolution read (keys, half as many hidden channels, values, filters) and its result
+    assert kept / UNIT == pytest.approx(5.63, abs=0.02)
 
 
 @pytest.mark.parametrize('folded, all_launches, all_units', [(False, 24, 21.40), (True, 12, 17.40)])
@@ -144,11 +147,15 @@ def test_operators(counter):
 
 
 def test_predictions(traffic):
-    """What is measured and was fitted comes out, within a quarter."""
+    """What is measured and was fitted comes out, within a quarter; and little is kept for the backward."""
+    kept = {}
     for name, plain in (('cotnet50', True), ('cotnet50', False), ('resnet50', True)):
-        events = traffic.count(name, traffic.TRAINING, traffic.BATCH, traffic.SIZE, plain)
+        events, kept[name, plain] = traffic.count(name, traffic.TRAINING, traffic.BATCH, traffic.SIZE, plain)
         measured, _ = traffic.MEASURED[name, traffic.TRAINING, plain]
         assert traffic.total(events).milliseconds == pytest.approx(measured, rel=0.25)
+    assert kept['resnet50', True] == pytest.approx(11.25e9, rel=0.01)
+    assert kept['cotnet50', False] / kept['resnet50', True] == pytest.approx(1.237, abs=0.005)
+    assert kept['cotnet50', True] > 1.75 * kept['resnet50', True]
 
 
 def test_tables(traffic, capsys):

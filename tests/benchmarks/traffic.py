@@ -1,8 +1,9 @@
 """What CoTNet-50 and its rivals do on a GPU, counted without one: `python tests/benchmarks/traffic.py`.
 
 Launches of kernels and bytes read and written, for each kind of operator of a training step (autocast to bfloat16,
-forward, backward and SGD with momentum) and of inference (bfloat16, norms folded and not), eager and channels-last; and
-a time predicted from them, with ratios to ResNet-50. Counts are exact for what is counted (`traffic_counter.py` says
+forward, backward and SGD with momentum) and of inference (bfloat16, norms folded and not), eager and channels-last; what
+the forward keeps for the backward, which is most of the peak memory; and a time predicted from them, with ratios to
+ResNet-50. Counts are exact for what is counted (`traffic_counter.py` says
 how). The times are not measured: their constants are fitted to a few measurements on one H200, which are printed beside
 what is predicted. `--plain` counts networks without the kernels that stand in for their modules, apart from local
 convolution. Needs Triton, but no GPU.
@@ -114,8 +115,8 @@ def total(events: List[Event]) -> Total:
     return Total(*(sum(getattr(e, name) for e in events) for name in Total._fields[:4]), sum(map(milliseconds, events)))
 
 
-def count(name: str, work: str, batch: int, size: int, plain: bool = False) -> List[Event]:
-    """What a network does."""
+def count(name: str, work: str, batch: int, size: int, plain: bool = False) -> Tuple[List[Event], int]:
+    """What a network does, and the bytes that its forward keeps for the backward."""
     net = timm.create_model(name)
     x = torch.empty(batch, 3, size, size, device='meta').contiguous(memory_format=torch.channels_last)
     if work == TRAINING:
@@ -125,7 +126,7 @@ def count(name: str, work: str, batch: int, size: int, plain: bool = False) -> L
     if work == FOLDED:
         net = reparameterize_model(net) if 'cotnet' in name else engines.fold(net)
     net = net.to(dtype=torch.bfloat16, memory_format=torch.channels_last).to('meta')
-    return inference_events(net, x.bfloat16(), plain)
+    return inference_events(net, x.bfloat16(), plain), 0
 
 
 def print_table(title: str, events: List[Event], operators: bool) -> None:
@@ -147,24 +148,28 @@ def print_table(title: str, events: List[Event], operators: bool) -> None:
     print(f'| all | {total(events).cells} |')
 
 
-def print_summary(totals: Dict[Tuple[str, str], Total], plain: bool, comparable: bool) -> None:
+def print_summary(
+        totals: Dict[Tuple[str, str], Total], kept: Dict[Tuple[str, str], int], plain: bool, comparable: bool) -> None:
     """Totals, and ratios to ResNet-50 at the same work; of folded networks also to one that is not folded."""
     print('\n### Totals, and ratios to ResNet-50\n')
     print('| work | network | launches | GB | predicted ms | measured ms | launches ratio | bytes ratio | time ratio | '
-          'to one not folded |')
-    print('|' + ' --- |' * 10)
+          'to one not folded | GB kept | kept ratio |')
+    print('|' + ' --- |' * 12)
     for (work, name), row in totals.items():
         found = MEASURED.get((name, work, plain or 'cotnet' not in name)) if comparable else None
         measured = ''
         if found is not None:
             value, remark = found
             measured = ', '.join(filter(None, [f'{value} ({row.milliseconds / value - 1:+.0%})', remark]))
-        ratios, other = [''] * 4, totals.get((work, RESNET))
+        ratios, other = [''] * 6, totals.get((work, RESNET))
         if other is not None:
             ratios[:3] = (f'{ours / theirs:.2f}' for ours, theirs in (
                 (row.launches, other.launches), (row.bytes, other.bytes), (row.milliseconds, other.milliseconds)))
         if work == FOLDED and (INFERENCE, RESNET) in totals:
             ratios[3] = f'{row.milliseconds / totals[INFERENCE, RESNET].milliseconds:.2f}'
+        if kept[work, name]:
+            ratios[4] = f'{kept[work, name] / 1e9:.2f}'
+            ratios[5] = f'{kept[work, name] / kept[work, RESNET]:.3f}' if other is not None else ''
         print(f'| {work} | {name} | {row.launches} | {row.bytes / 1e9:.1f} | {row.milliseconds:.1f} | {measured} | '
               f'{" | ".join(ratios)} |')
 
@@ -186,13 +191,13 @@ def main(argv: Optional[List[str]] = None) -> None:
         f'H200, or computes at {RATE / 1e12:g} Tflop/s if that takes longer. They are times of the GPU, not of a host '
         f'that may be slower. CoTNet-50 and ResNet-50 were among what was fitted, so it proves nothing that predicted '
         f'and measured agree there; other networks were not.')
-    totals = {}
+    totals, kept = {}, {}
     for work in args.works:
         for name in args.networks:
-            events = count(name, work, args.batch, args.size, args.plain)
+            events, kept[work, name] = count(name, work, args.batch, args.size, args.plain)
             totals[work, name] = total(events)
             print_table(f'{name}, {work}', events, args.operators)
-    print_summary(totals, args.plain, (args.batch, args.size) == (BATCH, SIZE))
+    print_summary(totals, kept, args.plain, (args.batch, args.size) == (BATCH, SIZE))
 
 
 if __name__ == '__main__':

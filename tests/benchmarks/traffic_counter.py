@@ -304,17 +304,37 @@ def _casting(local_conv: Callable, casts: Autocast) -> Callable:
     return cast_and_call
 
 
-def training_events(net: nn.Module, x: Tensor, target: Tensor, plain: bool = False) -> List[Event]:
-    """A step under autocast: forward, backward, SGD with momentum (`foreach`), not the first one."""
+def training_events(net: nn.Module, x: Tensor, target: Tensor, plain: bool = False) -> Tuple[List[Event], int]:
+    """A step under autocast: forward, backward, SGD with momentum (`foreach`), not the first one.
+
+    Returns:
+        The events, and the bytes that are kept from the forward for the backward.
+    """
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, foreach=True)
     for parameter in net.parameters():
         optimizer.state[parameter]['momentum_buffer'] = torch.empty_like(parameter)
-    with counting(plain, autocast=True) as events:
+    with counting(plain, autocast=True) as events, keeping() as kept:
         loss = nn.functional.cross_entropy(net.train()(x), target)
+    for parameter in net.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
     with counting(plain) as backward:
         loss.backward()
         optimizer.step()
-    return events + backward
+    return events + backward, sum(storage.nbytes() for storage in kept.values())
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[Dict[int, torch.UntypedStorage]]:
+    """While it lasts, the memory that autograd keeps for the backward is added to what it gives, each storage once."""
+    kept: Dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 @torch.no_grad()

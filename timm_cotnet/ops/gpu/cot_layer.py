@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..contexts import ContextsParameters, ContextsSettings, contexts, gradient_like
 from ..watch import wants_plain
 from .contexts import TrainingParameters, tap_by_tap, train_backward, train_forward
-from .norm import Averages, averages_of, norm_backward, norm_forward
+from .norm import Averages, averages_of, norm_again, norm_backward, norm_forward
 
 _FEW = 16  # channels of a group, up to which cuDNN takes longer than for a convolution without groups
 
@@ -87,7 +87,7 @@ class TrainCotLayer(torch.autograd.Function):
             mixed, *kept = train_forward(value, logits, static, p.rest, s.averages, s.contexts)
         ctx.settings = s
         ctx.save_for_backward(
-            *parameters, x, static_in, static, key_table, hidden_in, hidden, first_table, value, logits, *kept)
+            *parameters, x, static_in, key_table, hidden_in, first_table, value, logits, *kept)
         return mixed
 
     @staticmethod
@@ -99,13 +99,15 @@ class TrainCotLayer(torch.autograd.Function):
         p = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
         # hooks may have changed what was saved
         grad, x, *saved = (_dense(t) for t in (grad.to(s.dtype), x, *saved))
-        static_in, static, key_table, hidden_in, hidden, first_table, value, logits, *kept = saved
+        static_in, key_table, hidden_in, first_table, value, logits, *kept = saved
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+            static = norm_again(static_in, key_table)
             of_query, of_key, attn, value_filters = _matrices(p, s)
             grad_value, grad_logits, grad_static, *grads = train_backward(
                 grad, value, logits, static, *kept, p.rest, s.contexts)
-            grad_hidden = _conv1x1(grad_logits, attn.t())
+            hidden = norm_again(hidden_in, first_table)
             grad_attn = _filter_grad(grad_logits, hidden) if need_attn else None
+            grad_hidden = _conv1x1(grad_logits, attn.t())
             grad_hidden, _, first_grads = norm_backward(
                 grad_hidden, hidden_in, hidden, p.first_weight, first_table)
             grad_static = _conv1x1(grad_hidden, of_key.t(), addend=grad_static)

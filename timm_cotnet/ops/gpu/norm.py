@@ -70,13 +70,18 @@ def norm_forward(
         residual: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """`norm_act` of dense tensors, and what its backward needs: (4, C)."""
+    table = batch_norm_table(x, weight, bias, averages, eps)
+    return norm_again(x, table, relu, residual), table
+
+
+def norm_again(x: Tensor, table: Tensor, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
+    """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward."""
     from . import rows
 
-    table = batch_norm_table(x, weight, bias, averages, eps)
     out, walk = torch.empty_like(x), all_rows(x)
     launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.sizes,
            C=x.shape[1], RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
-    return out, table
+    return out
 
 
 def norm_backward(
@@ -113,15 +118,14 @@ class NormAct(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, averages, eps, relu):
         out, table = norm_forward(x, weight, bias, averages, eps, relu, residual)
         ctx.eps, ctx.relu = eps, relu
-        # a second derivative needs the residual; somebody else keeps it anyway, as the input of the block
-        ctx.save_for_backward(x, residual, weight, bias, table, out if relu else None)
+        ctx.save_for_backward(x, weight, bias, table, out if relu else None)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, residual, weight, bias, table, out = ctx.saved_tensors
+        x, weight, bias, table, out = ctx.saved_tensors
         if wants_plain(grad):
-            return _differentiable_gradients(ctx, grad, x, residual, weight, bias)
+            return _differentiable_gradients(ctx, grad, out, x, weight, bias)
         grad, x = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
         out = None if out is None else out.contiguous(memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
@@ -173,11 +177,14 @@ def batch_norm_backward(
     return factors, grads
 
 
-def _differentiable_gradients(ctx, grad: Tensor, x: Tensor, residual: Optional[Tensor], weight: Tensor, bias: Tensor):
+def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, weight: Tensor, bias: Tensor):
+    """By the definition; what the residual was does not matter, as out tells where ReLU lets a gradient pass."""
     with torch.enable_grad():
-        tensors = [None if t is None else t.view_as(t) for t in (x, residual, weight, bias)]
-        x, residual, weight, bias = tensors
-        out = batch_norm_act(x, weight, bias, residual, ctx.relu, ctx.eps)
-        wanted = [t for t, need in zip(tensors, ctx.needs_input_grad) if need]
-        grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    return *(next(grads) if need else None for need in ctx.needs_input_grad[:4]), None, None, None
+        tensors = {i: t.view_as(t) for i, t in ((0, x), (2, weight), (3, bias))}
+        if out is not None:
+            grad = grad.masked_fill(out <= 0, 0.)
+        again = batch_norm_act(*tensors.values(), relu=False, eps=ctx.eps)
+        wanted = {i: t for i, t in tensors.items() if ctx.needs_input_grad[i]}
+        grads = torch.autograd.grad(again, list(wanted.values()), grad, create_graph=True) if wanted else ()
+    found = {1: grad if ctx.needs_input_grad[1] else None, **dict(zip(wanted, grads))}
+    return *(found.get(i) for i in range(4)), None, None, None
