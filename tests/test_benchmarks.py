@@ -59,6 +59,7 @@ def test_gpu_names(gpu, capsys):
     assert 10 < len(chosen) < len(names) and not any('golden' in name for name in chosen)
 
 
+@pytest.mark.slow
 def test_gpu_rows_on_the_cpu(gpu, capsys, tmp_path):
     batch_1, layer = 'batch 1, eager, both folded', '512 x 7 x 7, backward'
     texts = ('golden numbers, CotLayer', batch_1, layer, 'peak memory', 'CUDA graphs, ours folded')

@@ -201,6 +201,7 @@ def convert_and_die(path: Path, out: Path, event_index: int) -> None:
     convert(path, out)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_nothing_half_written_is_taken_for_whole(tmp_path):
     path, out = save(tiny(2), tmp_path / 'new.pth'), tmp_path / 'out'
     convert(save(training_checkpoint(tiny(1), 'x'), tmp_path / 'old.pth'), out)  # its card differs too

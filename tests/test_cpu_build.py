@@ -229,6 +229,7 @@ def test_processes_may_compile_at_once(fresh):
     assert digest.read_text() == build._digest(library)
 
 
+@pytest.mark.slow
 def test_small_stacks_of_threads():
     """Nothing that grows with the number of channels lies on a thread's stack."""
     code = '''
@@ -310,6 +311,7 @@ def test_several_python_threads():
     assert same == [True] * 80
 
 
+@pytest.mark.slow
 def test_missing_memory(monkeypatch, tmp_path):
     """Whichever allocation fails, the kernel says so, and works the next time."""
     from timm_cotnet import CotLayer

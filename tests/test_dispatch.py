@@ -587,6 +587,7 @@ def run(*args, **kwargs):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_explain_command(capsys):
     lines = run('-m', 'timm_cotnet.explain', 'test_cotnet', '--reparam', '--img-size', '64').splitlines()
     assert len([line for line in lines if re.match(r'layer\d\.0\.conv2  ', line)]) == 4
@@ -635,6 +636,7 @@ print('good')
 '''
 
 
+@pytest.mark.slow
 def test_package_without_its_folder_of_kernels(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / 'timm_cotnet', ignore=shutil.ignore_patterns('cpu', '__pycache__'))
     assert not (tmp_path / 'timm_cotnet' / 'ops' / 'cpu').exists()
@@ -665,5 +667,6 @@ print('good')
 '''
 
 
+@pytest.mark.slow
 def test_imported_again():
     assert run('-c', AGAIN) == 'good\n'

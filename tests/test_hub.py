@@ -183,6 +183,7 @@ def test_verified_once(server, repo, tmp_path, monkeypatch, links):
     assert damage() == '' and len(hashed) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(constants, 'HF_HUB_DISABLE_SYMLINKS'), reason='this huggingface_hub always links where it can')
 def test_without_links(server, start, repo, tmp_path):
@@ -264,6 +265,7 @@ def test_server_gone(server, start, repo, tmp_path):
     assert 'not in the cache' in answer['message'] and answer['causes'][:1] == ['LocalEntryNotFoundError']
 
 
+@pytest.mark.slow
 def test_full_disk(server, start, repo, tmp_path):
     mount = ('unshare', '--user', '--map-root-user', '--mount', 'sh', '-c')
     cache = tmp_path / 'small'
@@ -287,6 +289,7 @@ def drop_privileges() -> None:
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_read_only_cache(server, start, client, repo, tmp_path):
     cache = tmp_path / 'cache'
     assert client.create(**arguments(repo, cache_dir=cache))['weights'] == RIGHT
@@ -313,6 +316,7 @@ def test_read_only_cache(server, start, client, repo, tmp_path):
     assert client.create(**arguments(repo, cache_dir=cache))['weights'] == RIGHT
 
 
+@pytest.mark.slow
 def test_killed_midway(server, start, client, repo, tmp_path):
     server.fault('GET', f'{repo}/resolve', 1, cut=400000, end='stall')
     victim = start(env=dict(HF_HUB_DOWNLOAD_TIMEOUT='60'))
@@ -332,6 +336,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_many_processes(server, client, start, repo, tmp_path):
     """Three processes, one cache: first empty and the download damaged, then the cached file damaged."""
     clients = [client, start(), start()]

@@ -173,6 +173,7 @@ def test_start_up_loads_one_small_module(installed_venv, new_environment):
     assert set(with_package) - set(without) == {'_timm_cotnet_autoload'}
 
 
+@pytest.mark.slow
 def test_uninstall_leaves_nothing(new_environment):
     environment = new_environment()
     before = set(environment.path.rglob('*'))
@@ -184,6 +185,7 @@ def test_uninstall_leaves_nothing(new_environment):
     assert real_models(environment) == []
 
 
+@pytest.mark.slow
 def test_editable_install(new_environment):
     environment = new_environment()
     environment.install('--editable', str(ROOT))

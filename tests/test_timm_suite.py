@@ -55,6 +55,7 @@ def run_suite(folder, *selections: str) -> int:
     return passed
 
 
+@pytest.mark.slow
 def test_tiny_model(suite):
     assert run_suite(suite, 'test_cotnet') >= 10
 
