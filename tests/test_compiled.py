@@ -3,18 +3,18 @@ import copy
 
 import pytest
 import torch
-from helpers import FORMATS, create, difference, has_kernels, image
+from helpers import create, difference, has_kernels, image
 
 from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.ops import conditions, cot_layer
-from timm_cotnet.ops.compiled import LayerOperator
+from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.local_conv import local_conv_reference
 
 pytestmark = [
     pytest.mark.skipif(
         not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting: plain'),
     pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')]
-MAX_NODES = 50  # of a layer in training, as its Python code calls them
+MAX_NODES = 20  # of a layer in training
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,13 @@ def graphs_of(module, *args, **kwargs):
     return graphs
 
 
+def calls(graph):
+    """What is called in a graph; that results are taken out of a list does not count."""
+    return [str(node.target) for node in graph.nodes if node.op.startswith('call') and 'getitem' not in str(node.target)]
+
+
 def operators(graph):
-    names = [str(node.target) for node in graph.nodes if node.op == 'call_function']
-    return [name.rpartition('timm_cotnet.')[2] for name in names if 'timm_cotnet' in name]
+    return [name.rpartition('timm_cotnet.')[2] for name in calls(graph) if 'timm_cotnet' in name]
 
 
 def trained(run, module, x):
@@ -65,9 +69,9 @@ def assert_trains_like_plain(name, x, tolerance=1e-4, **kwargs):
             assert difference(tensor, expected[key]) < tolerance, key
 
 
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-@pytest.mark.parametrize('memory_format', FORMATS, ids=str)
-@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer'])
+@pytest.mark.parametrize('name, memory_format, backend', [
+    ('CotLayer', torch.contiguous_format, 'aot_eager'), ('CoxtLayer', torch.channels_last, 'aot_eager'),
+    ('CotLayer', torch.channels_last, 'eager')], ids=str)
 def test_training(name, memory_format, backend):
     assert_trains_like_plain(name, image(4, 32, memory_format=memory_format), backend=backend)
 
@@ -78,12 +82,11 @@ def test_training_by_inductor(name):
     assert_trains_like_plain(name, image(4, 32, memory_format=torch.channels_last))
 
 
-@pytest.mark.parametrize('memory_format', FORMATS, ids=str)
-def test_a_layer_is_one_operator(memory_format):
-    x, layer = image(4, 32, memory_format=memory_format), CotLayer(32)
+def test_a_layer_is_one_operator():
+    x, layer = image(4, 32), CotLayer(32)
     (graph,) = graphs_of(layer, x)
     assert operators(graph) == ['train_cot_layer_on_cpu.default']
-    assert sum(node.op == 'call_function' for node in graph.nodes) <= MAX_NODES
+    assert len(calls(graph)) <= MAX_NODES
     layer.se[2].register_forward_hook(lambda module, args, out: None)
     torch._dynamo.reset()
     (graph,) = graphs_of(layer, x)  # of its own modules
@@ -106,23 +109,10 @@ def test_running_statistics_under_no_grad_follow_the_modules():
         assert difference(buffer, reference.get_buffer(name)) < 1e-5, name
 
 
-def arguments(layer, x):
-    """An operator and its arguments for a layer."""
-    seen = []
-
-    class Recorder(LayerOperator):
-        def __init__(self, operator):
-            self._operator = lambda *args: seen.append(args) or operator._operator(*args)
-
-    operator = conditions.cpu.stand_ins.OPERATOR
-    Recorder(operator)(layer, x)
-    return operator._operator, seen[0]
-
-
-@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer'])
-def test_operator_is_as_pytorch_wants_it(name):
-    operator, args = arguments(create(name), image(3, 32, memory_format=torch.channels_last).requires_grad_())
-    assert set(torch.library.opcheck(operator, args).values()) == {'SUCCESS'}
+def test_operator_is_as_pytorch_wants_it():
+    x = image(3, 32, memory_format=torch.channels_last).requires_grad_()
+    args, _ = arguments_of(create('CoxtLayer'), x)
+    assert set(torch.library.opcheck(conditions.cpu.stand_ins.OPERATOR.operator, args).values()) == {'SUCCESS'}
 
 
 def test_definition():

@@ -33,11 +33,11 @@ class LayerOperator:
 
     def __init__(self, name: str, forward: Callable, backward: Callable, like_kept: Callable):
         self._forward, self._backward, self._like_kept = forward, backward, like_kept
-        self._operator = torch.library.custom_op(
+        self.operator = torch.library.custom_op(
             f'timm_cotnet::{name}', self._run, mutates_args=(),
             schema=f'(Tensor x, Tensor[] parameters, Tensor[] averages, {_NUMBERS}) -> Tensor[]')
-        self._operator.register_fake(self._run_fake)
-        self._operator.register_autograd(self._gradients, setup_context=_save)
+        self.operator.register_fake(self._run_fake)
+        self.operator.register_autograd(self._gradients, setup_context=_save)
         self._gradient = torch.library.custom_op(
             f'timm_cotnet::{name}_backward', self._run_backward, mutates_args=(),
             schema='(Tensor grad, Tensor x, Tensor[] parameters, Tensor[] kept, bool[] needed, '
@@ -46,11 +46,8 @@ class LayerOperator:
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """`layer(x)` for a `CotLayer` or `CoxtLayer` in training, in the memory format of x."""
-        s = settings_of(layer, x)
-        norms = (s.key_averages, s.first_averages, *s.averages)
-        averages = [average for norm in norms for average in norm[:2]]
-        results = self._operator(
-            x.to(s.dtype, memory_format=torch.channels_last), parameters_of(layer), averages, *_numbers(s, norms))
+        args, norms = arguments_of(layer, x)
+        results, averages = self.operator(*args), args[2]
         with torch.no_grad():
             torch._foreach_copy_(averages, [t.detach() for t in results[-len(averages):]])
             torch._foreach_add_([norm.tracked for norm in norms], 1)
@@ -85,6 +82,15 @@ class LayerOperator:
             given = iter(self._gradient(grads[0], x, parameters, kept, needed, *ctx.numbers))
             found = [next(given) if need else None for need in needed]
         return found[0], found[1:], [None] * 2 * _NORMS, *[None] * len(ctx.numbers)
+
+
+def arguments_of(layer: nn.Module, x: Tensor) -> Tuple[Tuple[Any, ...], Sequence[Averages]]:
+    """What an operator takes for a layer and x, and the running statistics of the layer's norms."""
+    s = settings_of(layer, x)
+    norms = (s.key_averages, s.first_averages, *s.averages)
+    averages = [average for norm in norms for average in norm[:2]]
+    x = x.to(s.dtype, memory_format=torch.channels_last)
+    return (x, parameters_of(layer), averages, *_numbers(s, norms)), norms
 
 
 def _save(ctx, inputs: Tuple, output: List[Tensor]) -> None:
