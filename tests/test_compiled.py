@@ -38,7 +38,8 @@ def graphs_of(module, *args, **kwargs):
 
 def calls(graph):
     """What is called in a graph; that results are taken out of a list does not count."""
-    return [str(node.target) for node in graph.nodes if node.op.startswith('call') and 'getitem' not in str(node.target)]
+    targets = [str(node.target) for node in graph.nodes if node.op.startswith('call')]
+    return [target for target in targets if 'getitem' not in target]
 
 
 def operators(graph):

@@ -1,5 +1,6 @@
 """Triton kernels as operators of compiled graphs against plain PyTorch in float64; see `triton_helpers.py`."""
 import copy
+import re
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from timm_cotnet import CotBottleneck, CotLayer, local_conv
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.gpu import cot_layer, launch
-from timm_cotnet.ops.gpu.stand_ins import infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer
 
 pytestmark = [
     pytest.mark.usefixtures('exact_convolutions'),
@@ -63,7 +63,8 @@ def operators(module, x):
     (graph,) = graphs
     names = [str(node.target) for node in graph.nodes if node.op.startswith('call')]
     names = [name for name in names if 'getitem' not in name]  # out of the list of results
-    return sorted(name.rpartition('timm_cotnet.')[2] for name in names if 'timm_cotnet' in name), len(names)
+    found = [re.search(r'timm_cotnet\.(\w+)', name) for name in names]
+    return sorted(match[1] for match in found if match), len(names)
 
 
 def run_compiled(module, x):
@@ -99,9 +100,9 @@ def test_training_under_autocast():
 def test_a_layer_is_one_operator():
     layer, x = create('small_cot')
     names, nodes = operators(layer, x)
-    assert names == ['train_cot_layer.default'] and nodes <= 20
+    assert names == ['train_cot_layer'] and nodes <= 20
     layer.embed[1].register_forward_hook(lambda module, args, out: None)
-    assert operators(layer, x)[0] == ['local_conv.default']  # its own modules
+    assert operators(layer, x)[0] == ([] if INTERPRETED else ['local_conv'])  # its own modules
 
 
 @kernels
@@ -114,7 +115,7 @@ def test_dynamic_batch():
         return graph
 
     run = torch.compile(copy.deepcopy(layer), fullgraph=True, backend=backend, dynamic=True)
-    for batch in (3, 4, 6):
+    for batch in (4, 5, 6):  # other than the image's sides, which would share its symbol
         picture = torch.cat([x, 2 * x])[:batch].contiguous(memory_format=torch.channels_last)
         assert error(run(picture), plain(*exact(layer, picture))) < 1e-9
     assert len(graphs) == 1
@@ -162,20 +163,16 @@ def test_local_conv_is_as_pytorch_wants_it():
 @kernels
 @torch.no_grad()
 @pytest.mark.parametrize('folded', [False, True], ids=['norms', 'folded'])
-@pytest.mark.parametrize('tag', ['cot', 'coxt'])
+@pytest.mark.parametrize('tag', ['small_cot', 'coxt'])
 def test_inference(tag, folded):
     dtype = torch.float32  # cuDNN's are not for float64
     layer, x = create(tag, dtype)
     expected = plain(*exact(layer.eval(), x))
     layer = layer.fuse() if folded else layer
     names, _ = operators(layer, x)
-    assert names == (['conv2d_act.default'] * 2 if folded else []) + ['infer_contexts.default']
+    assert names == (['conv2d_act'] * 2 if folded else []) + ['infer_contexts']
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        picture = x.contiguous(memory_format=memory_format)
-        for run in (infer_folded_cot_layer if folded else infer_cot_layer,):
-            torch._dynamo.reset()
-            assert error(compiled(lambda picture, run=run: run(layer, picture))(picture), expected) < 1e-5
-        out = compiled(layer)(picture)
+        out = compiled(layer)(x.contiguous(memory_format=memory_format))
         assert error(out, expected) < 1e-5 and out.is_contiguous(memory_format=memory_format)
 
 
@@ -188,8 +185,8 @@ def test_folded_bottleneck():
     expected = plain(*exact(block, x))
     block = block.fuse()
     names, _ = operators(block, x)
-    assert names == ['conv2d_act.default'] * 4 + ['infer_contexts.default']
-    assert error(compiled(block)(x), expected) < 1e-5 and error(infer_folded_bottleneck(block, x), expected) < 1e-5
+    assert names == ['conv2d_act'] * 4 + ['infer_contexts']
+    assert error(compiled(block)(x), expected) < 1e-5
 
 
 @kernels
@@ -197,7 +194,7 @@ def test_folded_bottleneck():
 def test_exported_layers_are_plain():
     layer, x = create('small_cot', torch.float32)
     for module in (layer.eval(), layer.fuse()):
-        assert 'timm_cotnet' not in str(torch.export.export(module, (x,)))
+        assert 'timm_cotnet' not in str(torch.export.export(module, (x,)).graph)
 
 
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason='CUDA graphs need a GPU')

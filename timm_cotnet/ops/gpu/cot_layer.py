@@ -1,7 +1,8 @@
 """A CoT layer in training on a GPU as one autograd function: few launches, and little work for the host.
 
-1x1 convolutions are matrix products of rows, a pixel each. The convolution of two concatenated tensors is the sum of
-two. Filters with groups become filters without, zeros between the groups, which takes less time in half precision.
+In compiled graphs it is one operator. 1x1 convolutions are matrix products of rows, a pixel each. The convolution of
+two concatenated tensors is the sum of two. Filters with groups become filters without, zeros between the groups, which
+takes less time in half precision.
 """
 from typing import List, Optional, Sequence, Tuple
 
