@@ -295,8 +295,8 @@ def test_why_not(monkeypatch):
         assert re.search('not on cpu|Triton cannot be imported', why_not_triton(x))
         with pytest.raises(RuntimeError, match='not on cpu|Triton cannot be imported'):
             local_conv_triton(x, torch.zeros(1, 1, 9, 3, 3), 3, 1)
-    ops._why_not_device.cache_clear()
+    ops._try_device.cache_clear()
     monkeypatch.setitem(sys.modules, 'timm_cotnet.ops.gpu.local_conv_kernels', None)
     monkeypatch.delattr(sys.modules['timm_cotnet.ops.gpu'], 'local_conv_kernels', raising=False)
     assert 'Triton cannot be imported' in why_not_triton(x)
-    ops._why_not_device.cache_clear()
+    ops._try_device.cache_clear()

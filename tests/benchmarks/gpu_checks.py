@@ -241,6 +241,26 @@ def cuda_graph(folded: bool, device: str) -> str:
     return f'{within({"difference": difference(out, expected)}, 1e-2)}, equal {equal}'
 
 
+def compiled_training(device: str) -> str:
+    """A layer compiled to CUDA graphs against the eager one: output, gradient and running statistics, three steps."""
+    _need_cuda(device)
+    torch.manual_seed(1)
+    layer = shake(CotLayer(64)).to(device, memory_format=CHANNELS_LAST)
+    eager, run = copy.deepcopy(layer), torch.compile(layer, fullgraph=True, mode='reduce-overhead')
+    found = {}
+    for step in range(3):
+        x = torch.randn(8, 64, 28, 28, device=device).to(memory_format=CHANNELS_LAST).requires_grad_()
+        results = []
+        for function in (run, eager):
+            with torch.autocast(device, torch.bfloat16):
+                out = function(x)
+            results.append((out.detach().clone(), torch.autograd.grad(out.float().square().mean(), x)[0].clone()))
+        (out, grad), (expected, expected_grad) = results
+        found.update({f'step {step}, output': difference(out, expected), 'gradient': difference(grad, expected_grad)})
+    found['variance'] = difference(layer.bn.running_var, eager.bn.running_var)
+    return within(found, 2e-2)
+
+
 def far_away(memory_format: torch.memory_format, device: str) -> str:
     """One image of more than 2^31 values: the last rows of the output and of both gradients."""
     _need_cuda(device)
@@ -324,6 +344,7 @@ def all_checks() -> List[Check]:
         Check('determinism, CoxtLayer', 6, partial(deterministic, CoxtLayer, 192)),
         Check('CUDA graph, cotnet50', 15, partial(cuda_graph, False)),
         Check('CUDA graph, folded cotnet50', 6, partial(cuda_graph, True)),
+        Check('torch.compile, CotLayer in training', 25, compiled_training),
         Check('64-bit offsets, channels-last', 8, partial(far_away, CHANNELS_LAST)),
         Check('64-bit offsets, contiguous', 8, partial(far_away, CONTIGUOUS)),
         Check('mixed precision, bfloat16', 15, partial(amp_training, torch.bfloat16)),

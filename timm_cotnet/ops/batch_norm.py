@@ -2,10 +2,23 @@
 
 `dispatch.py` says where a kernel may stand in for the modules that compute it, and when.
 """
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Averages(NamedTuple):
+    """Running statistics of a batch norm, which are updated."""
+    mean: Tensor
+    var: Tensor
+    tracked: Tensor  # number of batches
+    momentum: float
+
+
+def averages_of(norm: nn.BatchNorm2d) -> Averages:
+    buffers = norm._buffers
+    return Averages(buffers['running_mean'], buffers['running_var'], buffers['num_batches_tracked'], norm.momentum)
 
 
 def batch_norm_act(

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from . import onednn
 from .gpu.local_conv import why_not_triton
-from .watch import are_watched, is_traced
+from .watch import are_watched, is_traced, needs_plain_graph
 
 try:
     from . import cpu  # the only import of that folder, without which all works
@@ -27,17 +27,20 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def _why_not_now(x: Tensor, dtypes: Tuple[torch.dtype, ...], training: bool) -> Optional[str]:
     """Why kernels of the CPU for training, or those for inference, cannot take x now."""
     reason = _why_not_watched(x, dtypes, training)
-    if reason is None and training and not x.is_contiguous(memory_format=torch.channels_last):
+    if reason is None and training and not _is_channels_last(x):
         return 'x is not channels-last'
     if reason is None and torch.is_autocast_enabled('cpu'):
         return 'autocast chooses the dtypes'
     return reason
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    """Operators of compiled graphs convert what is not."""
+    return torch.compiler.is_compiling() or x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _why_not_on_gpu(x: Tensor, training: bool) -> Optional[str]:
     """Why kernels of a GPU cannot take x now."""
-    if torch.compiler.is_compiling():
-        return 'a compiler or exporter wants plain operators'
     reason = _why_not_watched(x, _FLOATS, training)
     if reason is None and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -48,8 +51,7 @@ def _why_not_on_gpu(x: Tensor, training: bool) -> Optional[str]:
 
 def _why_not_watched(x: Tensor, dtypes: Tuple[torch.dtype, ...], training: bool) -> Optional[str]:
     if torch.compiler.is_compiling():
-        # PyTorch 2.6 cannot tell what it compiles for
-        if training or not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting():
+        if needs_plain_graph(x):
             return 'a compiler or exporter wants plain operators'
     elif is_traced(x):
         return 'a tracer, functorch transform or dispatch mode watches operators, or x is a tensor subclass'
@@ -71,7 +73,8 @@ def why_not_native_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Op
         return _NO_WING
     if kernel_size > cpu.MAX_KERNEL_SIZE:
         return f'kernel_size is {kernel_size}, more than {cpu.MAX_KERNEL_SIZE}'
-    if not x.is_contiguous(memory_format=torch.channels_last) or not weight.permute(0, 3, 4, 1, 2).is_contiguous():
+    if not _is_channels_last(x) \
+            or not torch.compiler.is_compiling() and not weight.permute(0, 3, 4, 1, 2).is_contiguous():
         return 'x or its filters are not channels-last'
     if forward_ad._current_level >= 0:
         return 'the kernels have no forward-mode derivative'
@@ -219,9 +222,14 @@ def why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
         _why_not_training(layer, m, x)
         or (f'kernel_size is {layer.kernel_size}, more than {cpu.MAX_KERNEL_SIZE}'
             if layer.kernel_size > cpu.MAX_KERNEL_SIZE else None)
-        or (f'{torch.get_num_threads()} threads share {B} images' if 4 * B < torch.get_num_threads() else None)
+        or (f'{_num_threads()} threads share {B} images' if 4 * B < _num_threads() else None)
         or cpu.why_not(x.dtype)
     )
+
+
+@torch.compiler.assume_constant_result
+def _num_threads() -> int:
+    return torch.get_num_threads()
 
 
 def why_not_train_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
@@ -336,12 +344,16 @@ def why_not_folded_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
 
 
 def _why_not_cudnn(x: Tensor) -> Optional[str]:
-    if x.dtype == torch.float64 or torch.version.hip is not None \
-            or not torch.backends.cudnn.enabled or not torch.backends.cudnn.is_available():
+    if x.dtype == torch.float64 or not _has_cudnn():
         return f'there is no cuDNN, or it is turned off or has no convolution with ReLU for {x.dtype}'
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast chooses the dtypes'
     return None
+
+
+@torch.compiler.assume_constant_result
+def _has_cudnn() -> bool:
+    return torch.version.hip is None and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
 
 
 def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:
@@ -451,6 +463,8 @@ def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str
 
 
 def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False) -> Union[str, Dict[str, nn.Module]]:
+    if torch.compiler.is_compiling():
+        return 'a compiler fuses norms with what follows them itself'
     if not x.is_contiguous(memory_format=torch.channels_last):
         return 'x is not channels-last'
     if block.se is not None or block.drop_path is not None:

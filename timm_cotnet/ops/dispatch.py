@@ -17,7 +17,7 @@ from .conditions import KINDS as _KINDS
 from .gpu.local_conv import local_conv_triton, why_not_triton
 from .reference import local_conv_reference
 from .shifted import LocalConvShifted
-from .watch import is_traced
+from .watch import is_traced, needs_plain_graph
 
 
 class StandIn(NamedTuple):
@@ -91,12 +91,17 @@ def choose_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Callable[.
     """The implementation of local convolution for tensors that its front end has checked."""
     refused = []
     name, chosen = 'plain PyTorch', local_conv_reference
-    if torch.compiler.is_compiling() or is_traced(x) or is_traced(weight):
-        pass  # compilers and tracers fuse plain ATen, and need nothing of this package later
+    compiling = torch.compiler.is_compiling()
+    captured = needs_plain_graph(x, weight) if compiling else is_traced(x) or is_traced(weight)
+    if captured:
+        pass  # what is captured needs nothing of this package later
     elif x.device.type == 'cpu':
         reason = conditions.why_not_native_local_conv(x, weight, kernel_size)
         if reason is None:
-            name, chosen = 'C kernel', conditions.cpu.LocalConvNative.apply  # one pass over memory in each direction
+            name = 'C kernel'  # one pass over memory in each direction
+            chosen = conditions.cpu.compiled_local_conv if compiling else conditions.cpu.LocalConvNative.apply
+        elif compiling:  # fuses the taps
+            refused.append(('C kernel', reason))
         else:  # in-place accumulation, no padded copy, little saved for the backward
             name, chosen = 'shifted slices', LocalConvShifted.apply
             refused.append(('C kernel', reason))
@@ -127,6 +132,8 @@ def _gpu(name: str) -> Callable:
     def run(module, x):
         from .gpu import stand_ins
 
+        if torch.compiler.is_compiling():  # operators find the device by themselves
+            return getattr(stand_ins, name)(module, x)
         with torch.cuda.device_of(x):
             return getattr(stand_ins, name)(module, x)
     return run

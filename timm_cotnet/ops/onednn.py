@@ -145,14 +145,15 @@ def pack(weight: Tensor, padding: Tuple, stride: Tuple, dilation: Tuple, groups:
     return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
 
 
-_LIBRARY = torch._library.custom_ops.get_library_allowing_overwrite('timm_cotnet', 'conv2d_act')
-_LIBRARY.define(
+# of an operator, for which a GPU has another implementation
+LIBRARY = torch._library.custom_ops.get_library_allowing_overwrite('timm_cotnet', 'conv2d_act')
+LIBRARY.define(
     'conv2d_act(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt[] stride, SymInt[] padding, '
     'SymInt[] dilation, SymInt groups, str act) -> Tensor')
-_LIBRARY.impl('conv2d_act', conv2d_act, 'CPU')
+LIBRARY.impl('conv2d_act', conv2d_act, 'CPU')
 
 
-@torch.library.register_fake('timm_cotnet::conv2d_act', lib=_LIBRARY)
+@torch.library.register_fake('timm_cotnet::conv2d_act', lib=LIBRARY)
 def _(x, weight, bias, addend, stride, padding, dilation, groups, act):
     out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return torch.empty_like(out, memory_format=torch.channels_last)

@@ -45,7 +45,8 @@ def _accumulate(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     out.addcmul_(a.to(out.dtype), b.to(out.dtype))
 
 
-def _input_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int):
+def input_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int):
+    """Gradient of x."""
     acc_dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     grad_x = torch.zeros_like(x, dtype=acc_dtype)
     gs, ws, outs = _split(grad, weight.shape[1]), weight.unsqueeze(1), _split(grad_x, weight.shape[1])
@@ -54,7 +55,8 @@ def _input_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kerne
     return grad_x.to(x.dtype)
 
 
-def _weight_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int):
+def weight_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int):
+    """Gradient of weight."""
     grad_weight = torch.zeros_like(weight)
     gs, xs = _split(grad, weight.shape[1]), _split(x, weight.shape[1])
     for tap, (oh, ow), (ih, iw) in taps(kernel_size, dilation, *x.shape[2:]):
@@ -91,8 +93,8 @@ class LocalConvShifted(torch.autograd.Function):
                 wanted = [t for t, need in zip((x, weight), ctx.needs_input_grad) if need]
                 grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
             return tuple(next(grads) if need else None for need in ctx.needs_input_grad[:2]) + (None, None)
-        grad_x = _input_grad(grad, x, weight, *args) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_grad(grad, x, weight, *args) if ctx.needs_input_grad[1] else None
+        grad_x = input_grad(grad, x, weight, *args) if ctx.needs_input_grad[0] else None
+        grad_weight = weight_grad(grad, x, weight, *args) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None
 
     @staticmethod

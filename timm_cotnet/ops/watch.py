@@ -17,6 +17,16 @@ def is_traced(x: torch.Tensor) -> bool:
     )
 
 
+def needs_plain_graph(*tensors: torch.Tensor) -> bool:
+    """Whether a graph is being made that needs plain operators: for export, functorch transforms, tensor subclasses.
+
+    PyTorch 2.6 cannot tell exporting from compiling.
+    """
+    return torch.compiler.is_compiling() and (
+        not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active() or any(type(t) not in _TENSORS for t in tensors))
+
+
 def are_watched(modules: List[nn.Module], children: bool = True) -> bool:
     """Whether hooks, or other forward methods, see what modules and their children get and return."""
     everywhere = nn.modules.module

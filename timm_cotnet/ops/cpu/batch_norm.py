@@ -4,12 +4,13 @@ Modules go over memory for each of these by itself. What ReLU lets through follo
 the output where there is a residual; that is saved by what reads it in any case.
 """
 import ctypes
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import batch_norm as definition  # the module, as it may be on its way to import this one
+from ..batch_norm import Averages, averages_of
 from ..watch import wants_plain
 from .build import call
 from .contexts import Norm
@@ -49,12 +50,7 @@ class TrainBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, norm, relu):
-        out, table = torch.empty_like(x), x.new_empty(4, x.shape[1])
-        parameters = Norm(
-            norm.eps, norm.momentum, table, weight=weight, bias=bias, running_mean=norm.running_mean,
-            running_var=norm.running_var)
-        _BatchNorm(parameters, relu, x, residual=residual, out=out).call('batch_norm_forward')
-        norm.num_batches_tracked.add_(1)
+        out, table = batch_norm_forward(x, weight, bias, averages_of(norm), norm.eps, relu, residual)
         ctx.eps, ctx.relu = norm.eps, relu
         ctx.save_for_backward(x, weight, bias, table, out if relu and residual is not None else None)
         return out
@@ -68,13 +64,8 @@ class TrainBatchNorm(torch.autograd.Function):
         grad, x, out = (_channels_last(t if t is None else t.float()) for t in (grad, x, out))
         weight, bias, table = (t.float().contiguous() for t in (weight, bias, table))
         wants_x, _, _, wants_residual = ctx.needs_input_grad[:4]
-        grad_x = torch.empty_like(x) if wants_x else None
-        grad_residual = None if out is None else torch.empty_like(x)
-        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-        norm = Norm(ctx.eps, 0., table, weight=weight, bias=bias, grad_weight=grad_weight, grad_bias=grad_bias)
-        _BatchNorm(
-            norm, ctx.relu, x, out=out, grad=grad, grad_x=grad_x, grad_residual=grad_residual,
-        ).call('batch_norm_backward')
+        grad_x, grad_residual, grad_weight, grad_bias = batch_norm_backward(
+            grad, x, weight, bias, table, ctx.eps, ctx.relu, out, wants_x)
         if not wants_residual:
             grad_residual = None
         elif out is None:
@@ -93,6 +84,45 @@ class TrainBatchNorm(torch.autograd.Function):
             grads = iter(torch.autograd.grad(again, wanted, grad, create_graph=True) if wanted else ())
         grads = [next(grads) if need else None for need in needed]
         return *grads, grad if ctx.needs_input_grad[3] else None, None, None
+
+
+def batch_norm_forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        averages: Averages,
+        eps: float,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """`train_batch_norm` without a gradient, and what its backward needs: (4, C)."""
+    out, table = torch.empty_like(x), x.new_empty(4, x.shape[1])
+    norm = Norm(eps, averages.momentum, table, weight=weight, bias=bias, running_mean=averages.mean,
+                running_var=averages.var)
+    _BatchNorm(norm, relu, x, residual=residual, out=out).call('batch_norm_forward')
+    averages.tracked.add_(1)
+    return out, table
+
+
+def batch_norm_backward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        table: Tensor,
+        eps: float,
+        relu: bool = True,
+        out: Optional[Tensor] = None,
+        wants_x: bool = True,
+) -> Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
+    """Gradients of x, of the residual, of weight and bias; out is what came out if there was a residual before ReLU."""
+    grad_x = torch.empty_like(x) if wants_x else None
+    grad_residual = None if out is None else torch.empty_like(x)
+    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+    norm = Norm(eps, 0., table, weight=weight, bias=bias, grad_weight=grad_weight, grad_bias=grad_bias)
+    _BatchNorm(
+        norm, relu, x, out=out, grad=grad, grad_x=grad_x, grad_residual=grad_residual).call('batch_norm_backward')
+    return grad_x, grad_residual, grad_weight, grad_bias
 
 
 def _channels_last(x: Optional[Tensor]) -> Optional[Tensor]:

@@ -5,13 +5,14 @@ are one autograd function. It saves its three inputs (values and filters before 
 in the backward, where autograd would keep six tensors more.
 """
 import ctypes
-from typing import List, Sequence
+from typing import Callable, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import contexts as definition  # the module, as it may be on its way to import this one
+from ..batch_norm import Averages, averages_of
 from ..watch import wants_plain
 from .build import call
 from .local_conv import Shape
@@ -134,24 +135,9 @@ class TrainContexts(torch.autograd.Function):
         ctx.settings = definition.ContextsSettings(
             layer.kernel_size, layer.dilation, layer.groups, group_norm.num_groups,
             value_bn.eps, group_norm.eps, bn.eps, layer.se[1].eps)
-        B, C = value.shape[:2]
-        tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
-        out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
-        norms = [
-            Norm(value_bn.eps, value_bn.momentum, tables[0], weight=value_bn.weight, bias=value_bn.bias,
-                  running_mean=value_bn.running_mean, running_var=value_bn.running_var),
-            Norm(group_norm.eps, 0., tables[1], weight=group_norm.weight, bias=group_norm.bias),
-            Norm(bn.eps, bn.momentum, tables[2], weight=bn.weight, bias=bn.bias,
-                  running_mean=bn.running_mean, running_var=bn.running_var)]
-        native = _Contexts(
-            _training_shape(value, ctx.settings), norms, value=value, logits=logits, key=static, out=out, pooled=pooled)
-        native.call('contexts_forward')
-        for norm in (value_bn, bn):
-            norm.num_batches_tracked.add_(1)
-        attn = _static_weight(layer.se(pooled))
-        native.set(attn=attn)
-        native.call('contexts_mix')
-        ctx.save_for_backward(value, logits, static, pooled, attn, *tables, *parameters)
+        averages = [averages_of(norm) for norm in (value_bn, bn)]
+        out, *kept = contexts_forward(value, logits, static, parameters, averages, layer.se, ctx.settings)
+        ctx.save_for_backward(value, logits, static, *kept, *parameters)
         return out
 
     @staticmethod
@@ -164,25 +150,10 @@ class TrainContexts(torch.autograd.Function):
             t.float().contiguous(memory_format=torch.channels_last) for t in (*saved[:3], grad))
         pooled, attn, *rest = (t.float().contiguous() for t in saved[3:])
         tables, parameters = rest[:3], rest[3:]
-        out, grad_attn = torch.empty_like(value), torch.empty_like(attn)
-        act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
-        grad_static, grad_value, grad_logits = (torch.empty_like(t) for t in (static, value, logits))
-        norm_grads = [torch.empty_like(p) for p in parameters[:6]]
-        norms = [
-            Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],
-                  grad_weight=norm_grads[2 * i], grad_bias=norm_grads[2 * i + 1])
-            for i, eps in enumerate((settings.value_eps, settings.filter_eps, settings.eps))]
-        native = _Contexts(
-            _training_shape(value, settings), norms, value=value, logits=logits, key=static, out=out, attn=attn,
-            grad=grad, act_sums=act_sums, grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value,
-            grad_logits=grad_logits)
-        native.call('contexts_recompute')
-        grad_pooled, *se_grads = _se_gradients(pooled, parameters[6:], settings.se_eps, grad_attn)
-        pool_grad = grad_pooled / value[0, 0].numel()
-        native.set(pool_grad=pool_grad)
-        native.call('contexts_backward')
-        se_grads = map(definition.gradient_like, se_grads, saved[14:])
-        return grad_value, grad_logits, grad_static, None, *norm_grads, *se_grads
+        grad_value, grad_logits, grad_static, *grads = contexts_backward(
+            grad, value, logits, static, pooled, attn, rest[:3], rest[3:], settings)
+        se_grads = map(definition.gradient_like, grads[6:], saved[14:])
+        return grad_value, grad_logits, grad_static, None, *grads[:6], *se_grads
 
     @staticmethod
     def _differentiable_gradients(ctx, grad, *tensors):
@@ -194,6 +165,80 @@ class TrainContexts(torch.autograd.Function):
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
         grads = [next(grads) if need else None for need in needed]
         return *grads[:3], None, *grads[3:]
+
+
+def contexts_forward(
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        parameters: Sequence[Tensor],
+        averages: Sequence[Averages],
+        se: Callable[[Tensor], Tensor],
+        s: 'definition.ContextsSettings',
+) -> Tuple[Tensor, ...]:
+    """`TrainContexts` without a gradient, and what its backward needs: pooled contexts, their weights and three tables.
+
+    Args:
+        value: As for `train_contexts`, like the next two.
+        logits: Filters before their norm.
+        static: Static context.
+        parameters: Those of `ContextsParameters`.
+        averages: Running statistics of the norms of values and local convolution, which are updated.
+        se: Makes logits of the mix, two for each channel, of the pooled contexts, (B, C, 1, 1).
+        s: Numbers.
+    """
+    B, C = value.shape[:2]
+    tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
+    out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
+    weights, biases = parameters[:6:2], parameters[1:6:2]
+    of_value, of_dynamic = averages
+    norms = [
+        Norm(s.value_eps, of_value.momentum, tables[0], weight=weights[0], bias=biases[0],
+             running_mean=of_value.mean, running_var=of_value.var),
+        Norm(s.filter_eps, 0., tables[1], weight=weights[1], bias=biases[1]),
+        Norm(s.eps, of_dynamic.momentum, tables[2], weight=weights[2], bias=biases[2],
+             running_mean=of_dynamic.mean, running_var=of_dynamic.var)]
+    native = _Contexts(
+        _training_shape(value, s), norms, value=value, logits=logits, key=static, out=out, pooled=pooled)
+    native.call('contexts_forward')
+    for average in averages:
+        average.tracked.add_(1)
+    attn = _static_weight(se(pooled))
+    native.set(attn=attn)
+    native.call('contexts_mix')
+    return out, pooled, attn, *tables
+
+
+def contexts_backward(
+        grad: Tensor,
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        pooled: Tensor,
+        attn: Tensor,
+        tables: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        s: 'definition.ContextsSettings',
+) -> List[Tensor]:
+    """Gradients of value, logits, static and the parameters; all are dense."""
+    out, grad_attn = torch.empty_like(value), torch.empty_like(attn)
+    act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
+    grad_static, grad_value, grad_logits = (torch.empty_like(t) for t in (static, value, logits))
+    norm_grads = [torch.empty_like(p) for p in parameters[:6]]
+    norms = [
+        Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],
+             grad_weight=norm_grads[2 * i], grad_bias=norm_grads[2 * i + 1])
+        for i, eps in enumerate((s.value_eps, s.filter_eps, s.eps))]
+    native = _Contexts(
+        _training_shape(value, s), norms, value=value, logits=logits, key=static, out=out, attn=attn,
+        grad=grad, act_sums=act_sums, grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value,
+        grad_logits=grad_logits)
+    native.call('contexts_recompute')
+    grad_pooled, *se_grads = _se_gradients(pooled, attn, parameters[6:], s.se_eps, grad_attn)
+    pool_grad = grad_pooled / value[0, 0].numel()
+    native.set(pool_grad=pool_grad)
+    native.call('contexts_backward')
+    return [grad_value, grad_logits, grad_static, *norm_grads, *se_grads]
 
 
 def _shape(value: Tensor, filters: int, groups: int, kernel_size: int, dilation: int) -> Shape:
@@ -212,12 +257,18 @@ def _static_weight(logits: Tensor) -> Tensor:
     return (logits[:, :, 1] - logits[:, :, 0]).sigmoid().view(B, C, 1, 1)
 
 
-def _se_gradients(pooled: Tensor, parameters: List[Tensor], eps: float, grad: Tensor):
+def _se_gradients(pooled: Tensor, attn: Tensor, parameters: Sequence[Tensor], eps: float, grad: Tensor) -> List[Tensor]:
     """Gradients of the pooled contexts and of the parameters of what makes the weights of the mix."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (pooled, *parameters)]
-        pooled, weight1, bias1, weight, bias, weight2, bias2 = inputs
-        x = F.linear(pooled.flatten(1), weight1.flatten(1), bias1)  # takes less time than a convolution of one pixel
-        x = F.relu(F.batch_norm(x, None, None, weight, bias, True, 0., eps))
-        attn = _static_weight(F.linear(x, weight2.flatten(1), bias2))
-        return torch.autograd.grad(attn, inputs, grad)
+    weight1, bias1, weight, bias, weight2, _ = parameters
+    rows = pooled.flatten(1)
+    x = F.linear(rows, weight1.flatten(1), bias1)  # takes less time than a convolution of one pixel
+    hidden, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0., eps)
+    hidden.relu_()
+    grad = (grad * attn * (1 - attn)).flatten(1)
+    grad = torch.stack([-grad, grad], 2).flatten(1)  # of the logits
+    grad_x = torch.ops.aten.threshold_backward(grad @ weight2.flatten(1), hidden, 0)
+    grad_x, *norm_grads = torch.ops.aten.native_batch_norm_backward(
+        grad_x, x, weight, None, None, mean, rstd, True, eps, [True] * 3)
+    return [
+        (grad_x @ weight1.flatten(1)).view_as(pooled), (grad_x.t() @ rows).view_as(weight1), grad_x.sum(0), *norm_grads,
+        (grad.t() @ hidden).view_as(weight2), grad.sum(0)]

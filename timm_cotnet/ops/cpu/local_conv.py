@@ -5,7 +5,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-from ..shifted import LocalConvShifted
+from ..shifted import LocalConvShifted, input_grad, weight_grad
 from ..watch import wants_plain
 from .build import call
 
@@ -74,3 +74,65 @@ class LocalConvNative(LocalConvShifted):
             return LocalConvShifted.gradients(ctx, grad, x, weight)
         grad = grad.contiguous(memory_format=torch.channels_last)
         return *local_conv_backward(grad, x, weight, ctx.kernel_size, ctx.dilation), None, None
+
+
+# What compiled graphs hold
+
+
+def compiled_local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """`local_conv` as operator of a graph, with a gradient: x and weight may have any strides."""
+    return _operator(x, weight, kernel_size, dilation)
+
+
+@torch.library.custom_op('timm_cotnet::local_conv_on_cpu', mutates_args=())
+def _operator(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    return _like(local_conv(_dense(x), _dense_filters(weight), kernel_size, dilation), x)
+
+
+@_operator.register_fake
+def _(x, weight, kernel_size, dilation):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op('timm_cotnet::local_conv_on_cpu_backward', mutates_args=())
+def _backward_operator(
+        grad: Tensor, x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tuple[Tensor, Tensor]:
+    if x.dtype == torch.float32:
+        grads = local_conv_backward(_dense(grad), _dense(x), _dense_filters(weight), kernel_size, dilation)
+    else:
+        grads = input_grad(grad, x, weight, kernel_size, dilation), weight_grad(grad, x, weight, kernel_size, dilation)
+    return _like(grads[0], x), _like(grads[1], weight)
+
+
+@_backward_operator.register_fake
+def _(grad, x, weight, kernel_size, dilation):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _gradients(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    if wants_plain(grad):
+        return LocalConvShifted.gradients(ctx, grad, x, weight)
+    return *_backward_operator(grad, x, weight, ctx.kernel_size, ctx.dilation), None, None
+
+
+def _save(ctx, inputs: Tuple, output: Tensor) -> None:
+    x, weight, ctx.kernel_size, ctx.dilation = inputs
+    ctx.save_for_backward(x, weight)
+
+
+_operator.register_autograd(_gradients, setup_context=_save)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _dense_filters(weight: Tensor) -> Tensor:
+    return weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+
+
+def _like(out: Tensor, tensor: Tensor) -> Tensor:
+    """out in memory as fake tensors say that it is."""
+    like = torch.empty_like(tensor)
+    return out if out.stride() == like.stride() else like.copy_(out)

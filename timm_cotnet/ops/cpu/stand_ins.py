@@ -9,13 +9,17 @@ from ..onednn import run_conv2d
 from ..pointwise import pointwise, run_pointwise
 from .batch_norm import train_batch_norm
 from .contexts import contexts_folded, train_contexts
+from .cot_layer import OPERATOR
 
 
 def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `CotLayer` or `CoxtLayer` in training, (B, dim, H, W) -> (B, dim, H, W), float32 and channels-last.
 
-    The key convolution is the module's own. That of two concatenated tensors is the sum of two.
+    The key convolution is the module's own. That of two concatenated tensors is the sum of two. What is compiled gets
+    the whole layer as one operator, of an x in any memory format.
     """
+    if torch.compiler.is_compiling():
+        return OPERATOR(layer, x)
     conv, norm, _ = layer.key_embed
     static = _norm_act(conv(x), norm)
     conv, norm, _, attn, _ = layer.embed

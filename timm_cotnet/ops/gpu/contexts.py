@@ -12,26 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch_norm import Averages
 from ..contexts import ContextsSettings
+from ..cot_layer import TrainingParameters
 from .launch import accumulator, image_rows, launch, over_filters, power_of_2
-from .norm import Averages, batch_norm_backward, batch_norm_table, table_of_moments
-
-
-class TrainingParameters(NamedTuple):
-    """Parameters of `train_forward`, for C channels, N = G * k * k filter values and A hidden channels of `se`."""
-    value_weight: Tensor  # (C), batch norm of the values
-    value_bias: Tensor
-    conv_bias: Tensor  # (N), what the convolution that makes the filters adds to them, filter by filter
-    filter_weight: Tensor  # (N), group norm of the filters, filter by filter
-    filter_bias: Tensor
-    weight: Tensor  # (C), batch norm behind the local convolution
-    bias: Tensor
-    se_weight1: Tensor  # (A, C, 1, 1), the mixing's first convolution
-    se_bias1: Tensor
-    se_norm_weight: Tensor  # (A), its batch norm
-    se_norm_bias: Tensor
-    se_weight2: Tensor  # (2 * C, A, 1, 1), its second convolution
-    se_bias2: Tensor
+from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 
 class Mixing(NamedTuple):
@@ -123,6 +108,58 @@ def infer_contexts(
     return mixed
 
 
+def compiled_contexts(
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        filter_parameters: Sequence[Tensor],
+        value_table: Optional[Tensor],
+        table: Tensor,
+        mixing: Mixing,
+        s: ContextsSettings,
+) -> Tensor:
+    """`infer_contexts` as an operator of a graph, the norm of the filters included.
+
+    Args, besides those of `infer_contexts`:
+        filter_parameters: Bias of the convolution that makes the filters, weight and bias of their norm, (N) each.
+    """
+    return _operator(
+        value, logits, static, list(filter_parameters), value_table, table, *mixing, s.kernel_size, s.dilation,
+        s.groups, s.num_filters, s.filter_eps)
+
+
+@torch.library.custom_op('timm_cotnet::infer_contexts', mutates_args=())
+def _operator(
+        value: Tensor,
+        logits: Tensor,
+        static: Tensor,
+        filter_parameters: Sequence[Tensor],
+        value_table: Optional[Tensor],
+        table: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        mixing_table: Optional[Tensor],
+        weight2: Tensor,
+        bias2: Tensor,
+        kernel_size: int,
+        dilation: int,
+        groups: int,
+        num_filters: int,
+        filter_eps: float,
+) -> Tensor:
+    s = ContextsSettings(kernel_size, dilation, groups, num_filters, filter_eps=filter_eps)
+    value, logits, static = (t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static))
+    with torch.cuda.device_of(value):
+        filters, _ = filter_table(logits, *filter_parameters, s)
+        mixing = Mixing(weight1, bias1, mixing_table, weight2, bias2)
+        return infer_contexts(value, logits, static, filters, value_table, table, mixing, s)
+
+
+@_operator.register_fake
+def _(value, *args):
+    return torch.empty_like(value, memory_format=torch.channels_last)
+
+
 def train_forward(
         value: Tensor,
         logits: Tensor,
@@ -155,14 +192,14 @@ def train_forward(
     pooled = moments.new_empty(B, walk.runs, C)
     launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
            C=C, **walk.blocks, ACC=acc)
-    attn, *hidden = _se_forward(pooled.sum(1).to(p.se_weight1.dtype), p[7:], averages[2], s.se_eps)
+    attn, *hidden = se_forward(pooled.sum(1).to(p.se_weight1.dtype), p[7:], averages[2], s.se_eps)
     mixed = torch.empty_like(value)
     launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.sizes,
            C=C, DYNAMIC=False, **walk.blocks, ACC=acc)
     return mixed, local, value_table, filters, means, table, attn, *hidden
 
 
-def _se_forward(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tuple[Tensor, ...]:
+def se_forward(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tuple[Tensor, ...]:
     """Logits of the mix, (B, 2 * C), and what the backward needs."""
     weight1, bias1, weight, bias, weight2, bias2 = parameters
     averages.tracked.add_(1)

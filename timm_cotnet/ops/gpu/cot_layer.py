@@ -1,70 +1,34 @@
 """A CoT layer in training on a GPU as one autograd function: few launches, and little work for the host.
 
-1x1 convolutions are matrix products of rows, a pixel each. The convolution of two concatenated tensors is the sum of
-two. Filters with groups become filters without, zeros between the groups, which takes less time in half precision.
+In compiled graphs it is one operator. 1x1 convolutions are matrix products of rows, a pixel each. The convolution of
+two concatenated tensors is the sum of two. Filters with groups become filters without, zeros between the groups, which
+takes less time in half precision.
 """
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contexts import ContextsParameters, ContextsSettings, contexts, gradient_like
+from ..compiled import LayerOperator
+from ..contexts import ContextsSettings, gradient_like
+from ..cot_layer import (
+    Parameters, Settings, TrainingParameters, differentiable_gradients, parameters_of, settings_of)
 from ..watch import wants_plain
-from .contexts import TrainingParameters, tap_by_tap, train_backward, train_forward
-from .norm import Averages, averages_of, norm_again, norm_backward, norm_forward
+from .contexts import se_forward, tap_by_tap, train_backward, train_forward
+from .norm import norm_again, norm_backward, norm_forward
 
 _FEW = 16  # channels of a group, up to which cuDNN takes longer than for a convolution without groups
 
 
-class Parameters(NamedTuple):
-    """Parameters of a layer: of what makes static context, filters and values, and those of `train_contexts`."""
-    key: Tensor  # filters of the key convolution, (C, C / groups, k, k)
-    key_weight: Tensor  # (C), its batch norm
-    key_bias: Tensor
-    first: Tensor  # (C / 2, 2 * C / groups, 1, 1), first convolution of `embed`
-    first_weight: Tensor  # (C / 2), its batch norm
-    first_bias: Tensor
-    attn: Tensor  # (N, C / 2 / groups, 1, 1), second convolution of `embed`
-    value: Tensor  # (C, C / groups, 1, 1)
-    rest: TrainingParameters
-
-
-class Settings(NamedTuple):
-    """Numbers of a layer, and the running statistics of its norms."""
-    contexts: ContextsSettings
-    key_groups: int
-    key_padding: Tuple[int, int]
-    key_dilation: Tuple[int, int]
-    key_eps: float
-    first_eps: float
-    key_averages: Averages
-    first_averages: Averages
-    averages: Tuple[Averages, Averages, Averages]
-    dtype: torch.dtype  # in which convolutions compute
-
-
 def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `CotLayer` or `CoxtLayer` in training, (B, dim, H, W) -> (B, dim, H, W), in the memory format of x."""
-    parts = layer._modules
-    key, key_norm, _ = parts['key_embed']
-    first, first_norm, _, attn, filter_norm = parts['embed']
-    conv, value_norm = parts['conv1x1']
-    norm, (se1, se_norm, _, se2) = parts['bn'], parts['se']
-    settings = Settings(
-        ContextsSettings(
-            layer.kernel_size, layer.dilation, layer.groups, filter_norm.num_groups, value_norm.eps, filter_norm.eps,
-            norm.eps, se_norm.eps),
-        key.groups, key.padding, key.dilation, key_norm.eps, first_norm.eps, averages_of(key_norm),
-        averages_of(first_norm), (averages_of(value_norm), averages_of(norm), averages_of(se_norm)),
-        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
-    pairs = [m._parameters for m in (value_norm, filter_norm, norm, se1, se_norm, se2)]
-    rest = [p[name] for p in pairs for name in ('weight', 'bias')]
-    rest.insert(2, attn._parameters['bias'])
+    if torch.compiler.is_compiling():
+        return OPERATOR(layer, x)
+    settings = settings_of(layer, x)
     # converted out here, so that a second derivative knows where it comes from
     out = TrainCotLayer.apply(
-        x.to(settings.dtype, memory_format=torch.channels_last), settings, key.weight, key_norm.weight, key_norm.bias,
-        first.weight, first_norm.weight, first_norm.bias, attn.weight, conv.weight, *rest)
+        x.to(settings.dtype, memory_format=torch.channels_last), settings, *parameters_of(layer))
     return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
 
 
@@ -73,67 +37,105 @@ class TrainCotLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, settings, *parameters):
-        p, s = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:]))), settings
-        with torch.autocast(x.device.type, enabled=False):
-            key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
-            static_in = F.conv2d(x, key, None, 1, s.key_padding, s.key_dilation, groups)
-            static, key_table = norm_forward(
-                _channels_last(static_in), p.key_weight, p.key_bias, s.key_averages, s.key_eps)
-            of_query, of_key, attn, value_filters = _matrices(p, s)
-            hidden_in = _conv1x1(x, of_query, addend=_conv1x1(static, of_key))
-            hidden, first_table = norm_forward(
-                hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
-            logits, value = _conv1x1(hidden, attn), _conv1x1(x, value_filters)
-            mixed, *kept = train_forward(value, logits, static, p.rest, s.averages, s.contexts)
-        ctx.settings = s
-        ctx.save_for_backward(
-            *parameters, x, static_in, key_table, hidden_in, first_table, value, logits, *kept)
+        mixed, *kept = layer_forward(x, parameters, settings)
+        ctx.settings = settings
+        ctx.save_for_backward(*parameters, x, *kept)
         return mixed
 
     @staticmethod
     def backward(ctx, grad):
-        parameters, (x, *saved), s = ctx.saved_tensors[:21], ctx.saved_tensors[21:], ctx.settings
-        need_x, _, need_key, _, _, need_first, _, _, need_attn, need_value, *_ = ctx.needs_input_grad
+        parameters, (x, *kept) = ctx.saved_tensors[:21], ctx.saved_tensors[21:]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
         if wants_plain(grad):
-            return _differentiable_gradients(ctx, grad, x, *parameters)
-        p = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
-        # hooks may have changed what was saved
-        grad, x, *saved = (_dense(t) for t in (grad.to(s.dtype), x, *saved))
-        static_in, key_table, hidden_in, first_table, value, logits, *kept = saved
-        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-            static = norm_again(static_in, key_table)
-            of_query, of_key, attn, value_filters = _matrices(p, s)
-            grad_value, grad_logits, grad_static, *grads = train_backward(
-                grad, value, logits, static, *kept, p.rest, s.contexts)
-            hidden = norm_again(hidden_in, first_table)
-            grad_attn = _filter_grad(grad_logits, hidden) if need_attn else None
-            grad_hidden = _conv1x1(grad_logits, attn.t())
-            grad_hidden, _, first_grads = norm_backward(
-                grad_hidden, hidden_in, hidden, p.first_weight, first_table)
-            grad_static = _conv1x1(grad_hidden, of_key.t(), addend=grad_static)
-            of_first = [_filter_grad(grad_hidden, t) for t in (x, static)] if need_first else None
-            grad_static, _, key_grads = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
-            key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
-            grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
-                grad_static, x, key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0], groups,
-                [need_x, need_key, False])
-            if need_x:
-                grad_x = _conv1x1(grad_hidden, of_query.t(), addend=_channels_last(grad_x))
-                grad_x = _conv1x1(grad_value, value_filters.t(), addend=grad_x)
-            grad_value = _filter_grad(grad_value, x) if need_value else None
-            # of filters without groups to those with
-            if need_key and groups != s.key_groups:
-                grad_key = _of_groups(grad_key, s.key_groups)
-            if need_first:
-                of_first = [_of_groups(t, s.contexts.groups) for t in of_first]
-                of_first = torch.cat(of_first, 1) if s.contexts.groups == 1 else torch.stack(of_first, 2).flatten(1)
-            if need_attn:
-                grad_attn = _filter_by_filter(_of_groups(grad_attn, s.contexts.groups), s.contexts)
-            if need_value:
-                grad_value = _of_groups(grad_value, s.contexts.groups)
-        grads = [grad_key, *key_grads, of_first, *first_grads, grad_attn, grad_value, *grads]
-        grads = [None if g is None else gradient_like(g.view(t.shape), t) for g, t in zip(grads, parameters)]
+            grad_x, *grads = differentiable_gradients(grad, x, parameters, needed, ctx.settings)
+        else:
+            grad_x, *grads = layer_backward(grad, x, parameters, kept, needed, ctx.settings)
         return grad_x, None, *grads
+
+
+def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple[Tensor, ...]:
+    """Output of a layer for an x that is dense in channels-last, and what `layer_backward` needs."""
+    p = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
+    with torch.autocast(x.device.type, enabled=False):
+        key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
+        static_in = _channels_last(F.conv2d(x, key, None, 1, s.key_padding, s.key_dilation, groups))
+        static, key_table = norm_forward(static_in, p.key_weight, p.key_bias, s.key_averages, s.key_eps)
+        of_query, of_key, attn, value_filters = _matrices(p, s)
+        hidden_in = _conv1x1(x, of_query, addend=_conv1x1(static, of_key))
+        hidden, first_table = norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
+        logits, value = _conv1x1(hidden, attn), _conv1x1(x, value_filters)
+        mixed, *kept = train_forward(value, logits, static, p.rest, s.averages, s.contexts)
+    return mixed, static_in, key_table, hidden_in, first_table, value, logits, *kept
+
+
+def layer_backward(
+        grad: Tensor,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        needed: Sequence[bool],
+        s: Settings,
+) -> List[Optional[Tensor]]:
+    """Gradients of x and the parameters; None of an x or of filters of which none is needed."""
+    need_x, need_key, _, _, need_first, _, _, need_attn, need_value, *_ = needed
+    p = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
+    # hooks may have changed what was saved
+    grad, x, *kept = (_dense(t) for t in (grad.to(s.dtype), x, *kept))
+    static_in, key_table, hidden_in, first_table, value, logits, *kept = kept
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        static = norm_again(static_in, key_table)
+        of_query, of_key, attn, value_filters = _matrices(p, s)
+        grad_value, grad_logits, grad_static, *grads = train_backward(
+            grad, value, logits, static, *kept, p.rest, s.contexts)
+        hidden = norm_again(hidden_in, first_table)
+        grad_attn = _filter_grad(grad_logits, hidden) if need_attn else None
+        grad_hidden = _conv1x1(grad_logits, attn.t())
+        grad_hidden, _, first_grads = norm_backward(grad_hidden, hidden_in, hidden, p.first_weight, first_table)
+        grad_static = _conv1x1(grad_hidden, of_key.t(), addend=grad_static)
+        of_first = [_filter_grad(grad_hidden, t) for t in (x, static)] if need_first else None
+        grad_static, _, key_grads = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
+        key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
+        grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
+            grad_static, x, key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0], groups,
+            [need_x, need_key, False])
+        if need_x:
+            grad_x = _conv1x1(grad_hidden, of_query.t(), addend=_channels_last(grad_x))
+            grad_x = _conv1x1(grad_value, value_filters.t(), addend=grad_x)
+        grad_value = _filter_grad(grad_value, x) if need_value else None
+        # of filters without groups to those with
+        if need_key and groups != s.key_groups:
+            grad_key = _of_groups(grad_key, s.key_groups)
+        if need_first:
+            of_first = [_of_groups(t, s.contexts.groups) for t in of_first]
+            of_first = torch.cat(of_first, 1) if s.contexts.groups == 1 else torch.stack(of_first, 2).flatten(1)
+        if need_attn:
+            grad_attn = _filter_by_filter(_of_groups(grad_attn, s.contexts.groups), s.contexts)
+        if need_value:
+            grad_value = _of_groups(grad_value, s.contexts.groups)
+    grads = [grad_key, *key_grads, of_first, *first_grads, grad_attn, grad_value, *grads]
+    return [grad_x, *(None if g is None else gradient_like(g.view(t.shape), t) for g, t in zip(grads, parameters))]
+
+
+def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tensor]:
+    """Empty tensors like those that `layer_forward` keeps."""
+    p = Parameters(*parameters[:8], TrainingParameters(*parameters[8:]))
+    (B, C, H, W), N, hidden = x.shape, len(p.rest.filter_weight), len(p.first_weight)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def images(channels: int) -> Tensor:
+        return torch.empty(
+            (B, channels, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def numbers(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    attn = se_forward(x.new_empty((B, C), dtype=p.rest.se_weight1.dtype), p.rest[7:], s.averages[2], s.contexts.se_eps)
+    return [
+        images(C), numbers(4, C), images(hidden), numbers(4, hidden), images(C), images(N),
+        images(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), *attn]
+
+
+OPERATOR = LayerOperator('train_cot_layer', layer_forward, layer_backward, like_kept)
 
 
 def _conv1x1(x: Tensor, filters: Tensor, addend: Optional[Tensor] = None) -> Tensor:
@@ -221,28 +223,3 @@ def _grouped_weight(weight: Tensor, groups: int) -> Tuple[Tensor, int]:
     if groups == 1 or weight.shape[1] > _FEW or weight.dtype not in (torch.bfloat16, torch.float16):
         return weight, groups
     return dense(weight, groups), 1
-
-
-def _differentiable_gradients(ctx, grad: Tensor, x: Tensor, *parameters: Tensor) -> Tuple[Optional[Tensor], ...]:
-    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-    with torch.enable_grad():
-        tensors = [t.view_as(t) for t in (x, *parameters)]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = _definition(*(t.to(dtype) for t in tensors), s=ctx.settings)
-        wanted = [t for t, need in zip(tensors, needed) if need]
-        grads = iter(torch.autograd.grad(out, wanted, grad.to(dtype), create_graph=True))
-    grads = [next(grads) if need else None for need in needed]
-    return grads[0], None, *grads[1:]
-
-
-def _definition(x: Tensor, *parameters: Tensor, s: Settings) -> Tensor:
-    """The layer in plain PyTorch."""
-    p, groups = Parameters(*parameters[:8], TrainingParameters(*parameters[8:])), s.contexts.groups
-    static = F.conv2d(x, p.key, None, 1, s.key_padding, s.key_dilation, s.key_groups)
-    static = F.relu(F.batch_norm(static, None, None, p.key_weight, p.key_bias, True, 0., s.key_eps))
-    both = torch.cat([x, static], 1) if groups == 1 else torch.stack([x, static], 2).flatten(1, 2)
-    hidden = F.conv2d(both, p.first, groups=groups)
-    hidden = F.relu(F.batch_norm(hidden, None, None, p.first_weight, p.first_bias, True, 0., s.first_eps))
-    logits = F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups)
-    value = F.conv2d(x, p.value, groups=groups)
-    return contexts(value, logits, static, ContextsParameters(*p.rest[:2], *p.rest[3:]), s.contexts)

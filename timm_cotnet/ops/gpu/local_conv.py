@@ -1,9 +1,9 @@
-"""Local convolution on CUDA and ROCm, eagerly: `torch.library` operators around the kernels of `local_conv_kernels.py`.
+"""Local convolution on CUDA and ROCm: `torch.library` operators around the kernels of `local_conv_kernels.py`.
 
 The operator is linear in x, in the filters and, contracted with an output gradient, in that: it is one trilinear form.
 Its three partial derivatives are the three operators here, so the derivative of each is made of the other two, to any
-order. They are `custom_op`s rather than `triton_op`s: what is compiled gets plain ATen, so nothing has to look inside,
-and a `custom_op` also runs in Triton's interpreter.
+order. They are `custom_op`s rather than `triton_op`s: there is nothing that Inductor could fuse with them, and a
+`custom_op` also runs in Triton's interpreter.
 """
 import functools
 import math
@@ -26,8 +26,13 @@ def why_not_triton(x: torch.Tensor) -> Optional[str]:
     return _why_not_device(x.device, x.dtype)
 
 
-@functools.lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result
 def _why_not_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
+    return _try_device(device, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _try_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
     try:
         from . import local_conv_kernels
     except Exception as error:  # also a Triton that is there but broken: it costs speed only

@@ -1,26 +1,13 @@
 """Batch norm in training with what follows it in the same pass, in Triton: a sum with a residual, ReLU."""
-from typing import NamedTuple, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from ..batch_norm import batch_norm_act
+from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
 from ..watch import wants_plain
 from .launch import Walk, accumulator, all_rows, launch
-
-
-class Averages(NamedTuple):
-    """Running statistics of a batch norm, which are updated."""
-    mean: Tensor
-    var: Tensor
-    tracked: Tensor  # number of batches
-    momentum: float
-
-
-def averages_of(norm: nn.BatchNorm2d) -> Averages:
-    buffers = norm._buffers
-    return Averages(buffers['running_mean'], buffers['running_var'], buffers['num_batches_tracked'], norm.momentum)
 
 
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:

@@ -1,13 +1,14 @@
 """What stands in for CoT layers and bottlenecks on a GPU, where `ops/dispatch.py` found nothing against it."""
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import onednn
 from ..contexts import ContextsSettings
 from ..watch import are_watched
-from .contexts import Mixing, filter_table, infer_contexts, tap_by_tap
+from .contexts import Mixing, compiled_contexts, filter_table, infer_contexts, tap_by_tap
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .norm import norm_act, norm_act_eval, running_table
 from .pool import avg_pool
@@ -65,18 +66,40 @@ def infer_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     first, first_norm, _, attn, filter_norm = parts['embed']
     conv, value_norm = parts['conv1x1']
     se1, se_norm, _, se2 = parts['se']
-    static = norm_act_eval(_conv(key, x), key_norm)
+    static = _norm_act_eval(_conv(key, x), key_norm)
     of_query, of_key = query_key(first.weight, groups)
-    hidden = norm_act_eval(F.conv2d(x, of_query) + F.conv2d(static, of_key), first_norm)
+    hidden = _norm_act_eval(F.conv2d(x, of_query) + F.conv2d(static, of_key), first_norm)
     logits = F.conv2d(hidden, tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups))
     value = F.conv2d(x, dense(conv.weight, groups))
     s = ContextsSettings(
         layer.kernel_size, layer.dilation, groups, filter_norm.num_groups, filter_eps=filter_norm.eps)
-    filters, _ = filter_table(logits, attn.bias, filter_norm.weight, filter_norm.bias, s)
-    out = infer_contexts(
-        value, logits, static, filters, running_table(value_norm, value.dtype), running_table(layer.bn, value.dtype),
-        Mixing(se1.weight, se1.bias, running_table(se_norm, value.dtype), se2.weight, se2.bias), s)
+    value_table, table, mixing_table = (_running_table(norm, value.dtype) for norm in (value_norm, layer.bn, se_norm))
+    mixing = Mixing(se1.weight, se1.bias, mixing_table, se2.weight, se2.bias)
+    out = _contexts(
+        value, logits, static, (attn.bias, filter_norm.weight, filter_norm.bias), value_table, table, mixing, s)
     return out if is_channels_last else out.contiguous()
+
+
+def _norm_act_eval(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """`norm_act_eval`, which a compiler makes of a norm and ReLU by itself."""
+    return F.relu(norm(x)) if torch.compiler.is_compiling() else norm_act_eval(x, norm)
+
+
+def _running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return running_table(norm, dtype)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    return torch.stack([scale, norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale])
+
+
+def _contexts(
+        value: Tensor, logits: Tensor, static: Tensor, filter_parameters: Sequence[Tensor], *args) -> Tensor:
+    """See `compiled_contexts`."""
+    if torch.compiler.is_compiling():
+        return compiled_contexts(value, logits, static, filter_parameters, *args)
+    filters, _ = filter_table(logits, *filter_parameters, args[-1])
+    return infer_contexts(value, logits, static, filters, *args)
 
 
 def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
@@ -100,9 +123,8 @@ def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     rows = x.permute(0, 2, 3, 1)  # the matrix product adds the bias in its own pass
     value = F.linear(rows, dense(value.weight, groups).flatten(1), value.bias).permute(0, 3, 1, 2)
     s = ContextsSettings(layer.kernel_size, layer.dilation, groups, norm.num_groups, filter_eps=norm.eps)
-    filters, _ = filter_table(logits, attn.bias, norm.weight, norm.bias, s)
     mixing = Mixing(se1.weight, se1.bias, None, se2.weight, se2.bias)
-    out = infer_contexts(value, logits, static, filters, None, layer.shift, mixing, s)
+    out = _contexts(value, logits, static, (attn.bias, norm.weight, norm.bias), None, layer.shift, mixing, s)
     return out if is_channels_last else out.contiguous()
 
 
@@ -128,17 +150,44 @@ def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
 
 def conv_act(conv: nn.Conv2d, x: Tensor, addend: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
     """`relu(conv(x) + addend)` in one call of cuDNN, with a bias other than the module's if one is given."""
-    weight, bias = conv.weight, conv.bias if bias is None else bias
-    if addend is None and bias is not None and conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1) \
-            and conv.padding == (0, 0):
+    args = (conv.weight, conv.bias if bias is None else bias, addend, conv.stride, conv.padding, conv.dilation,
+            conv.groups, 'relu')
+    if torch.compiler.is_compiling():
+        return torch.ops.timm_cotnet.conv2d_act(x, *args)
+    return _conv2d_relu(x, *args)
+
+
+def _conv2d_relu(
+        x: Tensor,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        addend: Optional[Tensor],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        dilation: Tuple[int, int],
+        groups: int,
+        act: str,
+) -> Tensor:
+    """`onednn.conv2d_act` on a GPU, of which act is ReLU."""
+    if addend is None and bias is not None and groups == 1 and weight.shape[2:] == (1, 1) \
+            and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         rows = x.permute(0, 2, 3, 1)  # a matrix product with ReLU takes less of the host's time
         out = torch._addmm_activation(bias, rows.flatten(0, 2), weight.flatten(1).t())
         return out.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry = (stride, padding, dilation, groups)
     if addend is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.cudnn_convolution_add_relu(x, weight, addend, 1.0, bias, *geometry)
+
+
+def _conv2d_relu_in_graph(x: Tensor, weight: Tensor, bias: Optional[Tensor], addend: Optional[Tensor], *args) -> Tensor:
+    x, addend = (t if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, addend))
+    with torch.cuda.device_of(x):
+        return _conv2d_relu(x, weight, bias, addend, *args).contiguous(memory_format=torch.channels_last)
+
+
+onednn.LIBRARY.impl('conv2d_act', _conv2d_relu_in_graph, 'CUDA')
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:

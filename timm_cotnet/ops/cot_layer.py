@@ -1,0 +1,116 @@
+"""A whole CoT layer in training as one operator. This is its definition, and what its implementations are called with.
+
+`dispatch.py` says what may stand in for the modules that compute it, and when.
+"""
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import contexts as definition  # the module, as it may be on its way to import what imports this one
+from .batch_norm import Averages, averages_of
+
+
+class TrainingParameters(NamedTuple):
+    """Those of all behind the convolutions, for C channels, N = G * k * k filter values, A hidden channels of `se`."""
+    value_weight: Tensor  # (C), batch norm of the values
+    value_bias: Tensor
+    conv_bias: Tensor  # (N), what the convolution that makes the filters adds to them, filter by filter
+    filter_weight: Tensor  # (N), group norm of the filters, filter by filter
+    filter_bias: Tensor
+    weight: Tensor  # (C), batch norm behind the local convolution
+    bias: Tensor
+    se_weight1: Tensor  # (A, C, 1, 1), the mixing's first convolution
+    se_bias1: Tensor
+    se_norm_weight: Tensor  # (A), its batch norm
+    se_norm_bias: Tensor
+    se_weight2: Tensor  # (2 * C, A, 1, 1), its second convolution
+    se_bias2: Tensor
+
+
+class Parameters(NamedTuple):
+    """Parameters of a layer: of what makes static context, filters and values, and those of `contexts`."""
+    key: Tensor  # filters of the key convolution, (C, C / groups, k, k)
+    key_weight: Tensor  # (C), its batch norm
+    key_bias: Tensor
+    first: Tensor  # (C / 2, 2 * C / groups, 1, 1), first convolution of `embed`
+    first_weight: Tensor  # (C / 2), its batch norm
+    first_bias: Tensor
+    attn: Tensor  # (N, C / 2 / groups, 1, 1), second convolution of `embed`
+    value: Tensor  # (C, C / groups, 1, 1)
+    rest: TrainingParameters
+
+
+class Settings(NamedTuple):
+    """Numbers of a layer, and the running statistics of its norms."""
+    contexts: 'definition.ContextsSettings'
+    key_groups: int
+    key_padding: Tuple[int, int]
+    key_dilation: Tuple[int, int]
+    key_eps: float
+    first_eps: float
+    key_averages: Averages
+    first_averages: Averages
+    averages: Tuple[Averages, Averages, Averages]
+    dtype: torch.dtype  # in which convolutions compute
+
+
+def settings_of(layer: nn.Module, x: Tensor) -> Settings:
+    """Those of a `CotLayer` or `CoxtLayer` for an x, which autocast may convert."""
+    parts = layer._modules
+    key, key_norm, _ = parts['key_embed']
+    _, first_norm, _, _, filter_norm = parts['embed']
+    value_norm, norm, se_norm = parts['conv1x1'][1], parts['bn'], parts['se'][1]
+    return Settings(
+        definition.ContextsSettings(
+            layer.kernel_size, layer.dilation, layer.groups, filter_norm.num_groups, value_norm.eps, filter_norm.eps,
+            norm.eps, se_norm.eps),
+        key.groups, key.padding, key.dilation, key_norm.eps, first_norm.eps, averages_of(key_norm),
+        averages_of(first_norm), (averages_of(value_norm), averages_of(norm), averages_of(se_norm)),
+        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+
+
+def parameters_of(layer: nn.Module) -> List[Tensor]:
+    """Those of a `CotLayer` or `CoxtLayer` in the order of `Parameters`, in one row."""
+    parts = layer._modules
+    key, key_norm, _ = parts['key_embed']
+    first, first_norm, _, attn, filter_norm = parts['embed']
+    conv, value_norm = parts['conv1x1']
+    se1, se_norm, _, se2 = parts['se']
+    pairs = [m._parameters for m in (value_norm, filter_norm, parts['bn'], se1, se_norm, se2)]
+    rest = [p[name] for p in pairs for name in ('weight', 'bias')]
+    rest.insert(2, attn._parameters['bias'])
+    return [key.weight, key_norm.weight, key_norm.bias, first.weight, first_norm.weight, first_norm.bias, attn.weight,
+            conv.weight, *rest]
+
+
+def cot_layer(x: Tensor, *parameters: Tensor, s: Settings) -> Tensor:
+    """The layer in plain PyTorch: differentiable. Running statistics are neither read nor written."""
+    p, groups = Parameters(*parameters[:8], TrainingParameters(*parameters[8:])), s.contexts.groups
+    static = F.conv2d(x, p.key, None, 1, s.key_padding, s.key_dilation, s.key_groups)
+    static = F.relu(F.batch_norm(static, None, None, p.key_weight, p.key_bias, True, 0., s.key_eps))
+    both = torch.cat([x, static], 1) if groups == 1 else torch.stack([x, static], 2).flatten(1, 2)
+    hidden = F.conv2d(both, p.first, groups=groups)
+    hidden = F.relu(F.batch_norm(hidden, None, None, p.first_weight, p.first_bias, True, 0., s.first_eps))
+    logits = F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups)
+    value = F.conv2d(x, p.value, groups=groups)
+    rest = definition.ContextsParameters(*p.rest[:2], *p.rest[3:])
+    return definition.contexts(value, logits, static, rest, s.contexts)
+
+
+def differentiable_gradients(
+        grad: Tensor,
+        x: Tensor,
+        parameters: Sequence[Tensor],
+        needed: Sequence[bool],
+        s: Settings,
+) -> List[Optional[Tensor]]:
+    """Gradients of x and the parameters where they are needed, which are differentiable themselves."""
+    with torch.enable_grad():
+        tensors = [t.view_as(t) for t in (x, *parameters)]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = cot_layer(*(t.to(dtype) for t in tensors), s=s)
+        wanted = [t for t, need in zip(tensors, needed) if need]
+        grads = iter(torch.autograd.grad(out, wanted, grad.to(dtype), create_graph=True))
+    return [next(grads) if need else None for need in needed]
