@@ -76,12 +76,14 @@ def test_train_script_reads_recipes(name, tmp_path, monkeypatch):
     ('cotnet50', ('--gpus', '4', '--batch-size', '64'), 64, 0.1),
     ('cotnet50', ('--gpus', '2', '--batch-size', '32', '--grad-accum-steps', '10'), 32, 0.25),
     ('cotnet101', ('--nodes', '2'), 56, 0.35),
+    ('modern', ('--gpus', '1'), 256, 0.005 / 8 ** 0.5),
     ('modern', ('--gpus', '2'), 256, 0.0025),  # an adaptive optimizer: by the root of 4
     ('finetune', ('--batch-size', '16', '--num-classes', '7', '--model', 'se_cotnetd_50'), 16, 0.00025),
 ])
 def test_learning_rate_is_scaled(name, options, batch_size, lr, tmp_path):
     args = yaml.safe_load(write(tmp_path, name, *options).read_text())
     assert (args['batch_size'], args['lr']) == (batch_size, pytest.approx(lr, rel=1e-5))
+    assert ('aug_repeats' in args) == (name == 'modern' and options != ('--gpus', '1'))
     changed = {key for key in args if args[key] != RECIPES[name].args.get(key)} - {'batch_size', 'lr'}
     given = {'--grad-accum-steps': 'grad_accum_steps', '--num-classes': 'num_classes', '--model': 'model'}
     assert changed == {given[option] for option in options if option in given}
@@ -104,7 +106,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
         assert main(['cotnet50', *options]) == 0
         assert f'  {command} --config cotnet50.yaml --data-dir DIR\n' in capsys.readouterr().out
     assert (tmp_path / 'cotnet50.yaml').read_text().startswith(
-        '# cotnet50 of timm_cotnet, as published; 1280 images in a step: 16 GPUs\n')
+        '# cotnet50 of timm_cotnet, as published. Images in a step: 1280, GPUs: 16\n')
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -150,7 +152,7 @@ def test_two_steps(name, sixteen_digits, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len(rows) == 1 and 0 < float(rows[0]['train_loss']) < 20
     used = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
-    changed = {'batch_size', 'lr', 'model', 'epochs', 'warmup_epochs', 'train_img_sizes'}
+    changed = {'batch_size', 'lr', 'model', 'epochs', 'warmup_epochs', 'train_img_sizes', 'aug_repeats'}
     assert {key: used[key] for key in RECIPES[name].args if key not in changed} == {
         key: value for key, value in RECIPES[name].args.items() if key not in changed}
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)

@@ -163,7 +163,6 @@ def _hooked(conv):
     (nn.Conv2d(16, 16, 3, (1, 2), padding=1), 'stride (1, 2) and dilation (1, 1), expected the same for both axes'),
     (_hooked(nn.Conv2d(16, 16, 3, padding=1)), 'something watches it'),
     (nn.utils.parametrizations.spectral_norm(nn.Conv2d(16, 16, 3, padding=1)), 'which may do more'),
-    (nn.utils.weight_norm(nn.Conv2d(16, 16, 3, padding=1)), 'something watches it'),
 ], ids=str)
 def test_convolutions_that_are_kept(conv, reason):
     model = nn.Sequential(conv, nn.Conv2d(conv.out_channels, 16, 1), nn.Conv2d(16, 16, 3, padding=1))

@@ -32,12 +32,15 @@ class Recipe:
         """The arguments for other numbers of processes, images in each, and batches in a step.
 
         The learning rate grows with the images in a step, for adaptive optimizers with the root of their number, as
-        timm scales `--lr-base`. The rates at which warm-up starts and the schedule ends stay.
+        timm scales `--lr-base`. The rates at which warm-up starts and the schedule ends stay. Repeated augmentation is
+        for several processes only.
         """
         ratio = processes * batch_size * grad_accum_steps / (self.gpus * self.args['batch_size'])
         if any(name in self.args['opt'] for name in ('ada', 'lamb')):
             ratio **= 0.5
         args = {**self.args, 'batch_size': batch_size, 'lr': float(f'{self.args["lr"] * ratio:.6g}')}
+        if processes == 1:
+            args.pop('aug_repeats', None)  # which timm refuses there
         return args if grad_accum_steps == 1 else {**args, 'grad_accum_steps': grad_accum_steps}
 
 
@@ -87,7 +90,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if path.exists():
         parser.error(f'{path} exists; remove it or name another file by --output')
     images = args.nodes * gpus * batch_size * args.grad_accum_steps
-    header = f'# {args.name} of timm_cotnet, {recipe.about}; {images} images in a step: {args.nodes * gpus} GPUs\n'
+    header = f'# {args.name} of timm_cotnet, {recipe.about}. Images in a step: {images}, GPUs: {args.nodes * gpus}\n'
     path.write_text(header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None), encoding='utf-8')
     print(f'{path}: {images} images in a step, learning rate {content["lr"]:g}. Train by')
     print(f'  {_launcher(args.nodes, gpus)} train.py --config {path} --data-dir DIR')

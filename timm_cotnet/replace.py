@@ -192,7 +192,7 @@ def _cot_bottleneck(block: Bottleneck, layer: CotLayer, stride: int) -> CotBottl
         dilation=block.dilation, drop_path=block.drop_path, device='meta')
     for name in ('conv1', 'bn1', 'act1', 'drop_block', 'conv3', 'bn3', 'se', 'act3'):
         setattr(made, name, getattr(block, name))
-    made.avd_first = AvgPool2d(3, stride, padding=1) if stride > 1 else nn.Identity()
+    made.avd_first = (AvgPool2d(3, stride, padding=1) if stride > 1 else nn.Identity()).train(layer.training)
     made.conv2 = layer
     made.avd_last = block.aa
     made.training = block.training  # parts keep their own mode
