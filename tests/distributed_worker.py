@@ -63,6 +63,12 @@ def gradients(model, x, target):
     return [p.grad.clone() for p in model.parameters()]
 
 
+def mean_gradients(model, x, target):
+    """Of the losses of the parts that the processes have, as norms do not look at other parts."""
+    parts = [gradients(copy.deepcopy(model), *pair) for pair in zip(x.split(BATCH), target.split(BATCH))]
+    return [torch.stack(grads).mean(0) for grads in zip(*parts)]
+
+
 def check(name, actual, expected, limit):
     worst = max(difference(*pair) for pair in zip(actual, expected, strict=True))
     assert worst < limit, f'{name}: differ by {worst}'
@@ -81,15 +87,14 @@ def ddp(folder):
         conditions.cpu = wing if kernels else None
         model = normed_by(network().float(), norms).to(memory_format=memory_format)
         x, target = batch(torch.float32, memory_format)
-        task = ClassificationTask(copy.deepcopy(model), nn.CrossEntropyLoss(), torch.device('cpu'), verbose=False)
+        task = ClassificationTask(copy.deepcopy(model), criterion=nn.CrossEntropyLoss(), verbose=False)
         task.prepare_distributed(broadcast_buffers=False)
         part = slice(rank * BATCH, (rank + 1) * BATCH)
         task(x[part], target[part])['loss'].backward()
         actual = [p.grad for p in task.parameters()]
         conditions.cpu = None
         if norms is None:
-            parts = [gradients(copy.deepcopy(model), *pair) for pair in zip(x.split(BATCH), target.split(BATCH))]
-            expected = [torch.stack(grads).mean(0) for grads in zip(*parts)]
+            expected = mean_gradients(model, x, target)
         else:
             for module in model.modules():
                 if type(module) is SyncedBatchNorm:
@@ -105,24 +110,35 @@ def fsdp(folder):
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    rank = dist.get_rank()
+    rank, wing = dist.get_rank(), conditions.cpu
     mesh = dist.device_mesh.init_device_mesh('cpu', (dist.get_world_size(),))
-    for memory_format in FORMATS:
-        model = normed_by(network(), 'frozen').to(memory_format=memory_format)
-        x, target = batch(torch.float64, memory_format)
+    part = slice(rank * BATCH, (rank + 1) * BATCH)
+    # with kernels or without, then in float64 for a checkpoint; FSDP refuses parameters in channels-last memory
+    for memory_format, kernels in itertools.product(FORMATS, (True, False, None)):
+        if kernels and not has_kernels():
+            continue
+        dtype, norms = (torch.float64, 'frozen') if kernels is None else (torch.float32, None)
+        model = normed_by(network(), norms).to(dtype)
+        x, target = batch(dtype, memory_format)
         sharded = copy.deepcopy(model)
         for module in sharded.modules():
             if isinstance(module, (CotBottleneck, SplitAttnBottleneck)):
                 fully_shard(module, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
-        for network_, part in ((model, slice(None)), (sharded, slice(rank * BATCH, (rank + 1) * BATCH))):
-            optimizer = torch.optim.SGD(network_.parameters(), lr=0.01, momentum=0.9)
-            for _ in range(2):
-                optimizer.zero_grad()
-                F.cross_entropy(network_(x[part]), target[part]).backward()
-                optimizer.step()
-        actual = [p.full_tensor() for p in sharded.parameters()]
-        check(f'fsdp, {memory_format}', actual, list(model.parameters()), 1e-9)
+        conditions.cpu = wing if kernels else None
+        optimizer = torch.optim.SGD(sharded.parameters(), lr=0.01)
+        F.cross_entropy(sharded(x[part]), target[part]).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        conditions.cpu = None
+        grads = gradients(model, x, target) if norms == 'frozen' else mean_gradients(model, x, target)
+        with torch.no_grad():
+            for p, grad in zip(model.parameters(), grads):
+                p.sub_(0.01 * grad)
+        steps = [p.full_tensor().detach() - old for p, old in zip(sharded.parameters(), before)]
+        expected = [p.detach() - old for p, old in zip(model.parameters(), before)]
+        check(f'fsdp, {dtype}, kernels {kernels}, {memory_format}', steps, expected, 1e-9 if norms else 1e-2)
+        conditions.cpu = wing
     assert all(p.to_local().numel() < p.numel() for name, p in sharded.named_parameters() if p.shape[0] > 1)
     dcp.save({'model': get_model_state_dict(sharded)}, checkpoint_id=folder / 'checkpoint')
     if rank == 0:

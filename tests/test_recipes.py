@@ -1,7 +1,4 @@
 """Training recipes against the published facts, the parser of timm's train.py, and two steps of real training."""
-import csv
-import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,23 +8,13 @@ import timm
 import torch
 import yaml
 from golden import RECIPE_COMMON, VARIANTS
+from train_script import load_train_script, run_train_script, with_scripts
 
 from timm_cotnet.digits import write_digits
 from timm_cotnet.recipes import RECIPES, main
 
-SCRIPTS = os.environ.get('TIMM_SCRIPTS')
-with_scripts = pytest.mark.skipif(
-    not SCRIPTS, reason='TIMM_SCRIPTS does not name a folder with timm\'s train.py, validate.py, ...')
 OFFICIAL = {name: facts['recipe'] for name, facts in VARIANTS.items() if facts.get('recipe')}
 OURS = ('finetune', 'modern')
-
-
-def load_train_script():
-    """timm's train.py as a module, with a parser that no config has touched."""
-    spec = importlib.util.spec_from_file_location('timm_train_script', Path(SCRIPTS) / 'train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write(tmp_path, name, *options):
@@ -143,13 +130,10 @@ def test_two_steps(name, sixteen_digits, tmp_path, monkeypatch):
     model = 'test_cotnet' if name == 'finetune' else RECIPES[name].args['model']  # whose weights are in the package
     path = write(tmp_path, name, '--gpus', '1', '--batch-size', '8', '--num-classes', '10', '--model', model)
     options = [
-        '--config', str(path), '--data-dir', str(sixteen_digits), '--val-split', '', '--device', 'cpu', '--workers', '1',
-        '--epochs', '1', '--warmup-epochs', '0', '--img-size', '64', '--output', str(tmp_path), '--experiment', 'run']
+        '--config', str(path), '--data-dir', str(sixteen_digits), '--val-split', '', '--epochs', '1',
+        '--warmup-epochs', '0', '--img-size', '64']
     options += ['--train-img-sizes', '32', '64'] if name == 'finetune' else ['--model-kwargs', 'layers=(1,1,1,1)']
-    monkeypatch.setattr(sys, 'argv', ['train.py', *options])
-    load_train_script().main()
-    with (tmp_path / 'run' / 'summary.csv').open() as file:
-        rows = list(csv.DictReader(file))
+    rows = run_train_script(monkeypatch, tmp_path, *options)
     assert len(rows) == 1 and 0 < float(rows[0]['train_loss']) < 20
     used = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     changed = {'batch_size', 'lr', 'model', 'epochs', 'warmup_epochs', 'train_img_sizes', 'aug_repeats'}

@@ -188,9 +188,12 @@ def _replace(model: nn.Module, name: str, norm_layer) -> str:
 
 def _cot_bottleneck(block: Bottleneck, layer: CotLayer, stride: int) -> CotBottleneck:
     made = CotBottleneck(
-        block.conv1.in_channels, block.conv3.out_channels // CotBottleneck.expansion, block.stride, block.downsample,
-        dilation=block.dilation, drop_path=block.drop_path, device='meta')
-    for name in ('conv1', 'bn1', 'act1', 'drop_block', 'conv3', 'bn3', 'se', 'act3'):
+        block.conv1.in_channels, block.conv3.out_channels // CotBottleneck.expansion, block.stride,
+        dilation=block.dilation, device='meta')
+    for name in ('conv1', 'bn1', 'drop_block', 'act1', 'conv3', 'bn3'):
+        setattr(made, name, getattr(block, name))
+    for name in ('se', 'act3', 'downsample', 'drop_path'):  # which may be None: deleted first, so that the order stays
+        delattr(made, name)
         setattr(made, name, getattr(block, name))
     made.avd_first = (AvgPool2d(3, stride, padding=1) if stride > 1 else nn.Identity()).train(layer.training)
     made.conv2 = layer
