@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_F
 import torch.nn.functional as F
-from helpers import FORMATS, difference, has_kernels, image
+from helpers import FORMATS, has_kernels, image
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
@@ -70,7 +70,10 @@ def mean_gradients(model, x, target):
 
 
 def check(name, actual, expected, limit):
-    worst = max(difference(*pair) for pair in zip(actual, expected, strict=True))
+    # some are zero but for rounding: those of biases before norms
+    floor = 1e-3 * max(e.abs().max() for e in expected)
+    worst = max(((a - e).abs().max() / e.abs().max().clamp(min=floor)).item() for a, e in zip(actual, expected, strict=True))
+    assert all(a.isfinite().all() for a in actual)
     assert worst < limit, f'{name}: differ by {worst}'
     print(f'rank {dist.get_rank()}: {name}: {worst:.1e}', flush=True)
 
@@ -126,7 +129,7 @@ def fsdp(folder):
                 fully_shard(module, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
         conditions.cpu = wing if kernels else None
-        optimizer = torch.optim.SGD(sharded.parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(sharded.parameters(), lr=1.)
         F.cross_entropy(sharded(x[part]), target[part]).backward()
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.step()
@@ -134,10 +137,10 @@ def fsdp(folder):
         grads = gradients(model, x, target) if norms == 'frozen' else mean_gradients(model, x, target)
         with torch.no_grad():
             for p, grad in zip(model.parameters(), grads):
-                p.sub_(0.01 * grad)
+                p.sub_(grad)
         steps = [p.full_tensor().detach() - old for p, old in zip(sharded.parameters(), before)]
         expected = [p.detach() - old for p, old in zip(model.parameters(), before)]
-        check(f'fsdp, {dtype}, kernels {kernels}, {memory_format}', steps, expected, 1e-9 if norms else 1e-2)
+        check(f'fsdp, {dtype}, kernels {kernels}, {memory_format}', steps, expected, 1e-9 if norms else 2e-3)
         conditions.cpu = wing
     assert all(p.to_local().numel() < p.numel() for name, p in sharded.named_parameters() if p.shape[0] > 1)
     dcp.save({'model': get_model_state_dict(sharded)}, checkpoint_id=folder / 'checkpoint')

@@ -216,7 +216,7 @@ def test_channels_change_by_a_projection():
 
 def test_input_size_and_norm_layer():
     model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False))
-    report = replace_conv3x3(model, norm_layer=lambda dim, **dd: nn.GroupNorm(2, dim, **dd), input_size=(16, 10, 12))
+    report = replace_conv3x3(model, norm_layer=lambda dim: nn.GroupNorm(2, dim), input_size=(16, 10, 12))
     assert report.macs[''][0] == 9 * 16 * 16 * 120 and report.params[''][0] == 9 * 16 * 16
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     report = replace_conv3x3(timm.create_model('resnet18', in_chans=1))

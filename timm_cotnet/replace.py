@@ -71,7 +71,7 @@ def replace_conv3x3(
         where: Called with name and module of each convolution in these stages; only where it is true, it is replaced.
         project: Replace convolutions that change the number of channels too, with a 1x1 convolution behind the CoT
             layer, which keeps it. The paper has no such thing.
-        norm_layer: What normalizes in the new layers.
+        norm_layer: What normalizes in the new layers; called with the number of channels.
         input_size: (C, H, W) for which operations are counted; by default that of a timm model.
 
     Raises:
@@ -98,7 +98,7 @@ def _chosen(model, stages, where) -> Dict[str, nn.Module]:
     """The convolutions that look at more than one pixel, by name, among those that are asked for."""
     convs = {
         name: module for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)}
+        if name and isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)}
     if stages is not None:
         if not hasattr(model, 'group_matcher'):
             raise ValueError(f'{type(model).__name__} has no group_matcher that tells stages: choose by where')
@@ -166,17 +166,13 @@ def _replace(model: nn.Module, name: str, norm_layer) -> str:
     conv = getattr(block, child)
     stride, groups = conv.stride[0], conv.groups
     is_bottleneck = _is_bottleneck(block, conv)
-    layer = create_cot_layer(
-        conv.in_channels, 1 if is_bottleneck else stride, conv.dilation[0], groups, norm_layer,
-        device=conv.weight.device, dtype=conv.weight.dtype)
+    layer = create_cot_layer(conv.in_channels, 1 if is_bottleneck else stride, conv.dilation[0], groups, norm_layer)
     if conv.in_channels != conv.out_channels:
-        layer = nn.Sequential(layer, nn.Conv2d(
-            conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None,
-            device=conv.weight.device, dtype=conv.weight.dtype))
+        layer = nn.Sequential(layer, nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None))
     for module in layer.modules():  # as timm's ResNet does
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-    layer.train(conv.training)
+    layer.to(conv.weight).train(conv.training)
     if is_bottleneck:
         parent, child = _parent(model, name.rpartition('.')[0])
         layer = _cot_bottleneck(block, layer, stride)
