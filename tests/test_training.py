@@ -12,9 +12,7 @@ from train_script import run_train_script, with_scripts
 from timm_cotnet.digits import write_digits
 
 WAYS = {
-    'plain': (),
     'bfloat16': ('--amp', '--amp-dtype', 'bfloat16', '--channels-last'),
-    'float16': ('--amp', '--amp-dtype', 'float16'),
     'checkpointing': ('--grad-checkpointing', '--channels-last'),
     'accumulation': ('--batch-size', '32', '--grad-accum-steps', '2'),
     'ema': ('--model-ema', '--model-ema-decay', '0.9', '--model-ema-warmup'),
@@ -38,32 +36,29 @@ def test_learns(way, digits, tmp_path, monkeypatch):
     rows = run_train_script(
         monkeypatch, tmp_path, '--data-dir', str(digits), '--model', 'test_cotnet', '--pretrained', '--num-classes', '10',
         '--head-init-scale', '0', '--epochs', '1', '--warmup-epochs', '0', '--no-aug', '--opt', 'adamw', '--lr', '2e-3',
-        '--batch-size', '64', '--smoothing', '0', '--sched', 'none', *WAYS[way])
+        '--batch-size', '64', '--smoothing', '0', *WAYS[way])
     assert float(rows[0]['eval_loss']) < float(rows[0]['train_loss']) < math.log(10)  # the loss of the first step
     assert float(rows[0]['eval_top1']) >= 95
 
 
-@pytest.mark.slow
-def test_learns_with_scaled_gradients_in_float16(digits):
-    """By hand, as train.py scales on GPUs only."""
+def test_scaled_gradients_in_float16_are_those_in_float32():
+    """A few images, as PyTorch's convolutions take seconds for that on a CPU; train.py scales on GPUs only."""
     torch.manual_seed(0)
     model = timm.create_model('test_cotnet', pretrained=True).train()
-    torch.nn.init.zeros_(model.fc.weight)
-    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.amp.GradScaler('cpu', init_scale=2. ** 12)
-    dataset = timm.data.create_dataset('', root=str(digits), split='train')
-    loader = timm.data.create_loader(
-        dataset, (3, 64, 64), 64, is_training=True, no_aug=True, use_prefetcher=False, num_workers=0,
-        persistent_workers=False)
-    losses = []
-    for images, targets in loader:
-        with torch.autocast('cpu', torch.float16):
-            loss = F.cross_entropy(model(images), targets)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(loss.item())
-    assert scaler.get_scale() > 1 and sum(losses[-5:]) / 5 < 0.3 < 2 < losses[0]
+    x, target = image(8, 3, 32, 32), torch.arange(8)
+    F.cross_entropy(model(x), target).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.), torch.amp.GradScaler('cpu', init_scale=2. ** 10)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    with torch.autocast('cpu', torch.float16):
+        loss = F.cross_entropy(model(x), target)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    steps = torch.cat([(old - p.detach()).flatten() for p, old in zip(model.parameters(), before)])
+    expected = torch.cat([grad.flatten() for grad in expected])
+    assert scaler.get_scale() == 2. ** 10 and F.cosine_similarity(steps, expected, 0) > 0.99
 
 
 def saved_bytes(model, x):
@@ -95,6 +90,6 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(memory_format):
         model.zero_grad()
         model(x).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-    assert sizes[1] < 0.25 * sizes[0]
+    assert sizes[1] < 0.35 * sizes[0]
     for actual, expected in zip(*grads):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
