@@ -89,7 +89,8 @@ FAMILIES = {  # arguments; replaced of all that look at more than a pixel, kind 
 }
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.slow] * (kwargs is not FEW)) for name, (kwargs, *_) in FAMILIES.items()])
 def test_families(name):
     """All else keeps its weights, gradients reach everything, and folding changes nothing."""
     kwargs, num_replaced, num, layer_cls = FAMILIES[name]
@@ -222,6 +223,7 @@ def test_input_size_and_norm_layer():
     assert report.macs[''][1] < report.macs[''][0]
 
 
+@pytest.mark.slow
 def test_copies_and_scripts():
     model = shaken(ResNet(Bottleneck, **TINY))
     replace_conv3x3(model, stages=STAGES)
