@@ -23,7 +23,7 @@ def test_resnet50_becomes_cotnet50():
     old, weights = model.state_dict(), cotnet.state_dict()
     report = replace_conv3x3(model)
     new = model.state_dict()
-    assert list(new) == list(weights) and {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in weights.items()}
+    assert [(key, value.shape) for key, value in new.items()] == [(key, value.shape) for key, value in weights.items()]
     assert all(torch.equal(new[key], old[key]) for key in set(new) & set(old))
     assert set(old) - set(new) == {key for key in old if '.conv2.' in key or '.bn2.' in key}
     model.load_state_dict(weights)

@@ -29,7 +29,10 @@ model_cfgs = dict(
 
 def _create_byobnet(variant: str, pretrained: bool = False, **kwargs) -> ByobNet:
     return build_model_with_cfg(
-        ByobNet, variant, pretrained, model_cfg=model_cfgs[variant], feature_cfg=dict(flatten_sequential=True), **kwargs)
+        ByobNet, variant, pretrained,
+        model_cfg=model_cfgs[variant],
+        feature_cfg=dict(flatten_sequential=True),
+        **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -61,9 +61,9 @@ def replace_conv3x3(
 ) -> Replacements:
     """Puts CoT layers in the place of 3x3 convolutions, in place, and tells which, which not, and what it costs.
 
-    A convolution becomes `CotLayer`, one with groups `CoxtLayer`; a stride is taken by an average pool before the layer.
-    All else keeps its weights; the new layers start as those of CoTNet do. Optimizers, compiled and wrapped models come
-    after the replacement.
+    A convolution becomes `CotLayer`, one with groups `CoxtLayer`; a stride is taken by an average pool before the
+    layer. All else keeps its weights; the new layers start as those of CoTNet do. Optimizers, compiled and wrapped
+    models come after the replacement.
 
     Args:
         model: A network of timm, or any other.
