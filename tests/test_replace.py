@@ -214,6 +214,18 @@ def test_channels_change_by_a_projection():
     assert block(image(2, 3, 64, 64)).shape == (2, 10) and type(block.layer1[0]) is Bottleneck
 
 
+def test_unknown_input_sizes():
+    model = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+    model.pretrained_cfg = dict(input_size=(3, 32, 32))
+    other = copy.deepcopy(model)
+    report = replace_conv3x3(model)
+    assert report.macs == {} and '| 2 | CotLayer | 0.002 -> 0.003 |  |' in str(report)
+    with pytest.raises(RuntimeError):
+        replace_conv3x3(other, input_size=(12, 32, 32))
+    assert type(other[2]) is nn.Conv2d
+    assert replace_conv3x3(other, input_size=(3, 32, 32)).macs['2'][0] == 9 * 16 * 16 * 16 * 16
+
+
 def test_input_size_and_norm_layer():
     model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False))
     report = replace_conv3x3(model, norm_layer=lambda dim: nn.GroupNorm(2, dim), input_size=(16, 10, 12))

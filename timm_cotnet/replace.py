@@ -35,7 +35,7 @@ class Replacements:
         kept: Name of each other convolution with a kernel larger than 1x1 that was chosen, and why it was kept.
         params: Parameters of the network before and after; by name of a replaced convolution, its own.
         macs: Multiply-accumulates of convolutions, linear layers and local convolutions for one image, likewise; empty
-            where the size of the input is not known.
+            where the size of the input is not known, and no input_size was given.
     """
     replaced: Dict[str, str]
     kept: Dict[str, str]
@@ -84,12 +84,17 @@ def replace_conv3x3(
     if not names:
         reasons = _list_kept(kept) or ['', 'stages and where choose none that is larger than 1x1.']
         raise ValueError('\n'.join([f'{type(model).__name__}: no convolution can become a CoT layer', *reasons[1:]]))
-    input_size = input_size or _input_size(model)
-
-    before = _count(model, names, input_size)
+    try:
+        size = input_size or _input_size(model)
+        before = _count(model, names, size)
+    except RuntimeError:  # what the model's configuration says is not what it takes
+        if input_size is not None:
+            raise
+        size = None
+        before = _count(model, names, size)
     replaced = {name: _replace(model, name, norm_layer) for name in names}
     _make_foldable(model)
-    after = _count(model, names, input_size)
+    after = _count(model, names, size)
     params, macs = ({key: (old[key], new[key]) for key in old} for old, new in zip(before, after))
     return Replacements(replaced, kept, params, macs)
 
