@@ -1,6 +1,7 @@
 """The README: its numbers, its Python, and the files that it names."""
 import re
 
+import pytest
 import timm
 import torch
 from conftest import ROOT
@@ -36,6 +37,10 @@ def test_python_runs():
         found.update(names)
     assert found['probabilities'].shape == (1, 10)
     assert [tuple(f.shape) for f in found['features']] == [(2, 512, 28, 28), (2, 1024, 14, 14), (2, 2048, 7, 7)]
+    assert found['upsampled'].shape == (2, 48, 32, 32)
+    with pytest.raises(ValueError, match='CoTAttention: dim is 50, expected a multiple of 4'):
+        found['upsample'](96, 50)
+    assert list(found['report'].replaced) == ['layer3.1.conv2', 'layer4.1.conv2']
     assert found['static'].shape == found['dynamic'].shape == found['out'].shape == (2, 64, 56, 56)
 
 

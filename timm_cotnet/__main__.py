@@ -6,6 +6,7 @@ from typing import List, Optional
 COMMANDS = {
     'demo': 'fine-tunes a small CoTNet on real images, in minutes',
     'explain': 'says which implementation works on each part of a model, and why',
+    'recipes': 'writes training recipes for timm\'s train.py, the published ones among them',
     'convert': 'makes safetensors and config of an official checkpoint',
     'verify': 'compares the accuracy of converted weights with the published one',
     'publish': 'uploads converted weights to the Hub',

@@ -191,6 +191,28 @@ class AvgPool2d(nn.AvgPool2d):
             self.divisor_override)
 
 
+def create_cot_layer(
+        dim: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+) -> nn.Module:
+    """The CoT layer that takes the place of a 3x3 convolution: (B, dim, H, W) -> (B, dim, H', W').
+
+    `CotLayer`, or `CoxtLayer` for a convolution with groups, as in CoTNeXt. A stride is taken by a 3x3 average pool
+    before the layer, as in the official blocks. Serves as `self_attn_layer` of timm's ByobNet too.
+
+    Raises:
+        ValueError: If dim does not fit: a multiple of 8 is needed, of 16 with groups.
+    """
+    layer_cls = CotLayer if groups == 1 else CoxtLayer
+    layer = layer_cls(dim, dilation=dilation, norm_layer=norm_layer, device=device, dtype=dtype)
+    return layer if stride == 1 else nn.Sequential(AvgPool2d(3, stride, padding=1), layer)
+
+
 def _check_dim(name: str, dim: int, multiple: int) -> None:
     if not isinstance(dim, int) or dim < 1 or dim % multiple != 0:
         raise ValueError(f'{name}: dim is {dim!r}, expected a multiple of {multiple}')

@@ -18,7 +18,9 @@ import torch
 from .fill import fill_state_dict, golden_input
 
 FOLDER = Path(__file__).parent
-VARIANTS: Dict[str, Dict[str, Any]] = json.loads((FOLDER / 'variants.json').read_text())['variants']
+_FACTS = json.loads((FOLDER / 'variants.json').read_text())
+VARIANTS: Dict[str, Dict[str, Any]] = _FACTS['variants']
+RECIPE_COMMON: Dict[str, Any] = _FACTS['recipe_common']  # what all training recipes share
 
 
 def load(name: str) -> Dict[str, Any]:
