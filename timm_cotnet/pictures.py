@@ -151,7 +151,7 @@ def draw_grad_cam(path: Path, head: str, pixels: Tensor, maps: Tensor, labels: S
     figure = Figure(figsize=_size(pixels, columns, 1), layout='constrained')
     _explain(figure, f'Grad-CAM: {head}', GRAD_CAM)
     first, *others = figure.subplots(1, columns)
-    first.imshow(_grey_or_colour(pixels), cmap='gray', vmin=0, vmax=1)
+    first.imshow(_grey_or_colour(pixels).numpy(), cmap='gray', vmin=0, vmax=1)
     first.set_title('as the network sees it', fontsize=10)
     first.set(xticks=[], yticks=[])
     for ax, values, label in zip(others, maps, labels):
@@ -209,7 +209,7 @@ def overlay(ax, pixels: Tensor, values: Tensor, cmap: str, low: float, high: flo
     _background(ax, pixels)
     height, width = pixels.shape[:2]
     image = ax.imshow(
-        values, cmap=cmap, vmin=low, vmax=high, alpha=OPACITY, interpolation='bilinear',
+        values.numpy(), cmap=cmap, vmin=low, vmax=high, alpha=OPACITY, interpolation='bilinear',
         extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     if label is not None:
         below, above = values.min() < low, values.max() > high
@@ -223,7 +223,7 @@ def shorten(name: str, length: int = 24) -> str:
 
 def _background(ax, pixels: Tensor) -> None:
     """The image in grey, so that colours belong to the map."""
-    ax.imshow(DARKEST + (1 - DARKEST) * pixels.mean(2), cmap='gray', vmin=0, vmax=1)
+    ax.imshow((DARKEST + (1 - DARKEST) * pixels.mean(2)).numpy(), cmap='gray', vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
 
 
@@ -251,10 +251,11 @@ def _draw_lines(ax, pixels: Tensor, angle: Tensor, coherence: Tensor) -> None:
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) * cell_y - 0.5, (torch.arange(columns) + 0.5) * cell_x - 0.5,
                           indexing='ij')
     size = 0.9 * min(cell_x, cell_y) * length / most
+    places = [values.numpy() for values in (x, y, size * angle.cos(), size * angle.sin())]
     for width, colors in ((0.011, dict(color='black')), (0.006, dict(cmap='plasma'))):  # a dark rim shows on any image
-        values = () if 'color' in colors else (length,)
+        values = () if 'color' in colors else (length.numpy(),)
         lines = ax.quiver(
-            x, y, size * angle.cos(), size * angle.sin(), *values, angles='uv', scale_units='x', scale=1,
+            *places, *values, angles='uv', scale_units='x', scale=1,
             units='width', width=width, pivot='mid', headwidth=0, headlength=0, headaxislength=0, **colors)
     lines.set_clim(0, most)
     _bar(ax, ScalarMappable(Normalize(0, most), 'plasma'), 'clarity, 0 to 1')

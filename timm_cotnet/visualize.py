@@ -102,7 +102,8 @@ def cot_layers(model: nn.Module, names: Optional[Sequence[str]] = None) -> Dict[
         what = 'has no CoT layer'
         if any('Folded' in type(module).__name__ for module in model.modules()):
             what = 'has folded CoT layers, which keep no contexts; visualize it before reparameterize_model'
-        raise ValueError(f'{type(model).__name__} {what}; timm.list_models("*cotne*") are models that have')
+        name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+        raise ValueError(f'{name} {what}; timm.list_models("*cotne*") are models that have')
     if names is None:
         return {name: found[name] for name in {layer.dim: name for name, layer in found.items()}.values()}
     for name in names:
@@ -308,6 +309,8 @@ def load_model(
         RuntimeError: If timm knows no such model, or the checkpoint does not fit.
         OSError: If there is no such checkpoint.
     """
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f'--checkpoint is {checkpoint}, where no file is')
     classes = {} if num_classes is None else {'num_classes': num_classes}
     folder = Path(name.removeprefix('local-dir:'))
     if (folder / 'config.json').is_file():  # timm before 1.0.16 reads no folders
