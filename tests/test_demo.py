@@ -228,7 +228,7 @@ def test_training_stops_when_it_is_asked_to():
 @pytest.mark.slow
 def test_ctrl_c_ends_with_what_there_is(installed_venv, tmp_path):
     process = subprocess.Popen(
-        [installed_venv.path / 'bin' / 'python', '-m', 'timm_cotnet.demo', '--epochs', '500', '--output', str(tmp_path)],
+        [installed_venv.path / 'bin' / 'python', '-m', 'timm_cotnet.demo', '--epochs', '500', '--output', tmp_path],
         cwd=installed_venv.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         lines = []

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -165,9 +166,8 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp('views')
     (folder / 'b').mkdir()
     images = [photo(folder / 'a "b" & c#1.png'), photo(folder / 'b' / 'a "b" & c#1.png', (40, 90))]
-    layers = ['layer1.0.conv2', 'layer4.0.conv2']
-    assert main([
-        *map(str, images), '--model', 'test_cotnet', '--layers', *layers, '--output', str(folder / 'out')]) == 0
+    options = ['--model', 'test_cotnet', '--layers', 'layer1.0.conv2', '--output', str(folder / 'out')]
+    assert main([*map(str, images), *options]) == 0
     return folder / 'out' / 'index.html'
 
 
@@ -219,9 +219,11 @@ def test_command_refuses(tmp_path, capsys):
 
 def test_networks_without_classes_and_with_one_channel(tmp_path):
     network = timm.create_model('test_cotnet', num_classes=0, in_chans=1)
-    page = visualize(network, [photo(tmp_path / 'photo.png')], tmp_path / 'out', (64, 64))
+    page = visualize(network, [photo(tmp_path / 'photo.png')], tmp_path / 'out', (64, 64), ['layer4.0.conv2'])
     assert 'No Grad-CAM: the model gives no class scores.' in page.read_text()
     assert len(Page(page).images) == len(KINDS) - 1
+    with pytest.raises(ValueError, match='test_cotnet takes 4 channels; images have 1 or 3'):
+        visualize(timm.create_model('test_cotnet', in_chans=4), [tmp_path / 'photo.png'], tmp_path)
 
 
 def test_folder_of_a_model_is_loaded_with_its_classes(tmp_path):
@@ -233,7 +235,7 @@ def test_folder_of_a_model_is_loaded_with_its_classes(tmp_path):
         loaded, why_random = load_model(name)
         assert why_random == '' and loaded.pretrained_cfg['label_names'] == ['cat', 'dog']
         assert all(torch.equal(value, saved.state_dict()[key]) for key, value in loaded.state_dict().items())
-    page = visualize(loaded, [photo(tmp_path / 'photo.png')], tmp_path / 'out')
+    page = visualize(loaded, [photo(tmp_path / 'photo.png')], tmp_path / 'out', layers=['layer2.0.conv2'])
     assert re.search('(cat|dog), [0-9.]+%; (cat|dog), ', page.read_text())
     checkpointed, why_random = load_model('test_cotnet', tmp_path / 'model' / 'model.safetensors', 2)
     assert why_random == '' and torch.equal(checkpointed.fc.weight, saved.fc.weight)
@@ -254,16 +256,14 @@ class Chromium:
 
     Args:
         profile: Folder for the browser's files.
-        width: Width of the window.
     """
 
-    def __init__(self, profile, width):
+    def __init__(self, profile):
         to_read, self.write = os.pipe()
         self.read, to_write = os.pipe()
         command = [
             BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
-            '--disable-background-networking', f'--user-data-dir={profile}', f'--window-size={width},900',
-            '--remote-debugging-pipe']
+            '--disable-background-networking', f'--user-data-dir={profile}', '--remote-debugging-pipe']
 
         def take_pipes():  # the browser reads from 3 and writes to 4
             for at, pipe in ((30, to_read), (31, to_write)):
@@ -294,13 +294,17 @@ class Chromium:
 
     def _next(self):
         while b'\0' not in self.rest:
+            assert select.select([self.read], [], [], 60)[0], 'the browser does not answer'
             part = os.read(self.read, 2 ** 16)
             assert part, 'the browser has ended'
             self.rest += part
         message, _, self.rest = self.rest.partition(b'\0')
         return json.loads(message)
 
-    def open(self, url):
+    def open(self, url, width):
+        """Opens a page in a window of this width, and returns the addresses that were asked for."""
+        self.events = []
+        self.ask('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.ask('Page.enable')
         self.ask('Network.enable')
         self.ask('Page.navigate', url=url)
@@ -319,19 +323,18 @@ class Chromium:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason='no browser to look at the page: neither chromium nor google-chrome is there')
-@pytest.mark.parametrize('width', [500, 1400])
-def test_page_in_a_browser(written, tmp_path, width):
-    browser = Chromium(tmp_path, width)
+@pytest.mark.skipif(BROWSER is None, reason='there is no browser to look at the page: no chromium, no google-chrome')
+def test_page_in_a_browser(written, tmp_path):
+    browser = Chromium(tmp_path)
     try:
-        requests = browser.open(written.as_uri())
-        assert len(requests) == 1 + 2 * len(KINDS) and all(url.startswith('file:') for url in requests)
-        sizes = browser.evaluate(
-            '[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().right])')
-        assert len(sizes) == 2 * len(KINDS)
-        shown = browser.evaluate('document.documentElement.clientWidth')
-        assert all(complete and natural >= 600 and right <= shown for complete, natural, right in sizes)
-        assert browser.evaluate('document.documentElement.scrollWidth') <= shown  # nothing hangs over
+        for width in (400, 1400):  # a telephone, a screen
+            requests = browser.open(written.as_uri(), width)
+            assert len(set(requests)) == 1 + 2 * len(KINDS) and all(url.startswith('file:') for url in requests)
+            sizes = browser.evaluate(
+                '[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().right])')
+            assert len(sizes) == 2 * len(KINDS)
+            assert all(complete and natural >= 600 and right <= width for complete, natural, right in sizes)
+            assert browser.evaluate('document.documentElement.scrollWidth') <= width  # nothing hangs over
         assert browser.evaluate('document.title') == 'What the CoT layers of test_cotnet see'
         assert browser.evaluate('document.querySelectorAll("h2").length') == 2
     finally:

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         print(f'{args.model} is fine-tuned with a new classifier, as it would be for classes of your own.')
     else:
         print(f'{args.model} starts from random weights.')
-    threads = f' with {torch.get_num_threads()} threads' if device.type == 'cpu' else ''
+    count = torch.get_num_threads()
+    threads = f' with {count} thread{"s" if count > 1 else ""}' if device.type == 'cpu' else ''
     print(
         f'It trains on {device_name(device)}{threads}, {len(train_loader)} steps of {batch_size} images an epoch, at '
         f'{"x".join(map(str, data_config["input_size"][1:]))} pixels. Ctrl-C ends it early.', flush=True)
@@ -136,7 +137,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     title = f'{args.model}: {final_accuracy:.1f} % of {len(targets)} held-out {what} right'
     draw_training(curve, title, trained.losses, loss_floor(len(class_names)), trained.accuracies)
     print(f'Drawn to {curve}: loss and accuracy over time.')
-    shown = draw_predictions(picture, title, trained.model, val_loader.dataset, data_config, logits, targets, class_names)
+    shown = draw_predictions(
+        picture, title, trained.model, val_loader.dataset, data_config, logits, targets, class_names)
     print(f'Drawn to {picture}: predictions with their static and dynamic contexts.')
 
     done = ' so far' if trained.stopped else ''
@@ -154,8 +156,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, metavar='DIR', help='images of your own, see below (default: the digits)')
     parser.add_argument(
-        '--model', default=EMBEDDED, help='a model with CoT layers, such as cotnet50, or with --pretrained local-dir:DIR '
-        'of converted weights (default: %(default)s)')
+        '--model', default=EMBEDDED, help='a model with CoT layers, such as cotnet50, or with --pretrained '
+        'local-dir:DIR of converted weights (default: %(default)s)')
     parser.add_argument(
         '--pretrained', action=argparse.BooleanOptionalAction, default=None,
         help=f'start from pretrained weights (default: only {EMBEDDED} does)')
@@ -168,7 +170,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--min-accuracy', type=float,
         help='percent below which the demonstration fails (default: 90 for the digits, 0 for images of your own)')
     parser.add_argument(
-        '--output', type=Path, default=Path('cotnet-demo'), help='folder for all that is written (default: %(default)s)')
+        '--output', type=Path, default=Path('cotnet-demo'), metavar='DIR',
+        help='folder for all that is written (default: %(default)s)')
     parser.add_argument(
         '--device', default='cuda' if torch.cuda.is_available() else 'cpu',
         help='where to compute (default: the GPU if there is one, here %(default)s)')
@@ -391,8 +394,8 @@ def draw_predictions(
     figure.suptitle(title)
     figure.supxlabel(
         f'Colours: length of each pixel\'s context vector in the first CoT layer ({first}), of '
-        f'{" x ".join(map(str, maps[0].static.shape[1:]))} pixels, enlarged.\nA colour means the same in all images of a '
-        'row: brighter is longer, and says more to the layers that follow.', fontsize=9)
+        f'{" x ".join(map(str, maps[0].static.shape[1:]))} pixels, enlarged.\nA colour means the same in '
+        'all images of a row: brighter is longer, and says more to the layers that follow.', fontsize=9)
     grid = figure.subplots(3, len(chosen), squeeze=False)
     for ax, image, index in zip(grid[0], pixels, chosen):
         ax.imshow(image.numpy())

@@ -184,9 +184,9 @@ def draw_training(path: Path, title: str, losses: Sequence[float], floor: float,
     left.legend(frameon=False, fontsize=8)
     right.plot(np.arange(1, len(accuracies) + 1), accuracies, 'o-', color='#aa5500')
     for epoch, value in list(enumerate(accuracies, 1))[-1:]:
-        right.annotate(f'{value:.1f} %', (epoch, value), (-4, -14), textcoords='offset points', ha='right')
+        right.annotate(f'{value:.1f} %', (epoch, value), (0, -15), textcoords='offset points', ha='center')
     right.set(xlabel='epoch', ylabel='held-out accuracy in %', xlim=(0.5, max(len(accuracies), 1) + 0.5))
-    right.set_ylim(top=101)
+    right.set_ylim(max(0, min(accuracies, default=0) - 3), 100.5)
     right.xaxis.get_major_locator().set_params(integer=True)
     for ax in (left, right):
         ax.grid(alpha=0.3)

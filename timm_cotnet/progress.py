@@ -84,7 +84,7 @@ class BusyWatch:
 
     def __init__(self, watches: bool):
         self.watches = watches
-        self.steps, self.wall, self.worked = -1, 0., 0.  # the first step, in which kernels may be compiled, does not count
+        self.steps, self.wall, self.worked = -1, 0., 0.  # kernels may be compiled in the first step: it does not count
 
     def __enter__(self) -> None:
         self.start = time.monotonic(), time.thread_time()
@@ -110,5 +110,5 @@ class BusyWatch:
         if torch.get_num_threads() == 1:
             return f'{what} What helps: ending other programs.'
         return (
-            f'{what} What helps: ending other programs, or starting again with OMP_NUM_THREADS=1, so that no thread waits '
-            f'for others (now {torch.get_num_threads()}).')
+            f'{what} What helps: ending other programs, or starting again with OMP_NUM_THREADS=1, so that no thread '
+            f'waits for others (now {torch.get_num_threads()}).')

@@ -233,14 +233,19 @@ def visualize(
         The page, `index.html`.
 
     Raises:
-        ValueError: If the model has no such layers, or a file is no image.
+        ValueError: If the model has no such layers or takes no images of 1 or 3 channels, or a file is no image.
     """
     from . import pictures
 
     cot_layers(model, layers)  # refused before anything is written
     config = getattr(model, 'pretrained_cfg', {})
-    size = {} if img_size is None else {'input_size': (config.get('input_size', (3,))[0], *img_size)}
+    size = {} if img_size is None else {'input_size': (3, *img_size)}
     data_config = resolve_data_config(size, model=model, use_test_size=True)
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    if channels not in (1, 3):
+        raise ValueError(f'{config.get("architecture", "the model")} takes {channels} channels; images have 1 or 3')
+    if channels == 1:
+        data_config.update((key, (sum(data_config[key]) / 3,)) for key in ('mean', 'std'))
     transform = create_transform(**data_config)
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     names = class_names or _class_names(model)
@@ -250,7 +255,7 @@ def visualize(
 
     sections, stems = [], set()
     for path in map(Path, images):
-        x = transform(_open(path, data_config['input_size'][0]))
+        x = transform(_open(path, 'L' if channels == 1 else 'RGB'))
         pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).float()  # (H, W, C)
         maps = layer_maps(model, x[None], layers)
         try:
@@ -273,9 +278,9 @@ def _unused(stem: str, taken: set) -> str:
     return name
 
 
-def _open(path: Path, channels: int) -> Image.Image:
+def _open(path: Path, mode: str) -> Image.Image:
     try:
-        return Image.open(path).convert('L' if channels == 1 else 'RGB')
+        return Image.open(path).convert(mode)
     except OSError as error:  # missing, or not an image
         raise ValueError(f'{path} cannot be read as an image: {error}') from error
 

@@ -1,8 +1,8 @@
 """The figures of the README, as SVG: `python tests/benchmarks/figures.py`, which writes them to `plots` beside it.
 
 `cot_layer.svg` is drawn here. `accuracy.svg` shows published numbers: those of `timm_cotnet.published` for CoTNets, and
-those of timm's repository (https://github.com/huggingface/pytorch-image-models, folder `results`) for others. `speed.svg`
-shows the tables of the README, and is drawn again when they change.
+those of timm's repository (https://github.com/huggingface/pytorch-image-models, folder `results`) for others.
+`speed.svg` shows the tables of the README, and is drawn again when they change.
 """
 import re
 from pathlib import Path
@@ -18,8 +18,8 @@ PLOTS = Path(__file__).with_name('plots')
 README = Path(__file__).resolve().parents[2] / 'README.md'
 BLUE, ORANGE, GREEN, GREY = '#0072b2', '#d55e00', '#009e73', '#777777'  # told apart by colour-blind people
 
-# family: name, GMACs and top-1 accuracy. Accuracy from results-imagenet.csv, the best weights trained on ImageNet-1k alone
-# of each network at this size; GMACs from benchmark-infer-amp-nchw-pt240-cu124-rtx4090.csv.
+# family: name, GMACs and top-1 accuracy. Accuracy from results-imagenet.csv: of each network at this size the best
+# weights that were trained on ImageNet-1k alone. GMACs from benchmark-infer-amp-nchw-pt240-cu124-rtx4090.csv.
 OTHERS = {
     'ResNet, 224 pixels': [
         ('50', 4.11, 80.846),  # resnet50.tv2_in1k
