@@ -137,7 +137,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
     title = f'{args.model}: {final_accuracy:.1f} % of {len(targets)} held-out {what} right'
     draw_training(curve, title, trained.losses, loss_floor(len(class_names)), trained.accuracies)
     print(f'Drawn to {curve}: loss and accuracy over time.')
-    shown = draw_predictions(
+    shown = show_predictions(
         picture, title, trained.model, val_loader.dataset, data_config, logits, targets, class_names)
     print(f'Drawn to {picture}: predictions with their static and dynamic contexts.')
 
@@ -357,7 +357,7 @@ def save_folder(model: nn.Module, folder: Path, class_names: Sequence[str]) -> N
     _hub.save_config_for_hf(model, folder / 'config.json', model_config=dict(label_names=list(class_names)))
 
 
-def draw_predictions(
+def show_predictions(
         path: Path,
         title: str,
         model: nn.Module,
@@ -372,11 +372,7 @@ def draw_predictions(
     Returns:
         File of one of the images.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
-    from .pictures import overlay, shorten
+    from .pictures import draw_predictions, shorten
 
     confidence, predicted = logits.softmax(1).max(1)
     is_right = predicted == targets
@@ -386,32 +382,13 @@ def draw_predictions(
     images = torch.stack([dataset[index][0] for index in chosen])
     first = next(name for name, module in model.named_modules() if isinstance(module, CotLayer))
     maps = [layer_maps(model, image[None], [first])[0] for image in images]
-    rows = {name: torch.stack([getattr(layer, name).norm(dim=0) for layer in maps]) for name in ('static', 'dynamic')}
     mean, std = (torch.tensor(data_config[key]).view(3, 1, 1) for key in ('mean', 'std'))
     pixels = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (N, H, W, 3)
-
-    figure = Figure(figsize=(1.25 * len(chosen) + 1.5, 5.4), layout='constrained')
-    figure.suptitle(title)
-    figure.supxlabel(
-        f'Colours: length of each pixel\'s context vector in the first CoT layer ({first}), of '
-        f'{" x ".join(map(str, maps[0].static.shape[1:]))} pixels, enlarged.\nA colour means the same in '
-        'all images of a row: brighter is longer, and says more to the layers that follow.', fontsize=9)
-    grid = figure.subplots(3, len(chosen), squeeze=False)
-    for ax, image, index in zip(grid[0], pixels, chosen):
-        ax.imshow(image.numpy())
-        ax.set(xticks=[], yticks=[])
-        mistake = '' if is_right[index] else f'\nis {shorten(class_names[targets[index]], 12)}'
-        ax.set_title(
-            f'{"✗" if mistake else "✓"} {shorten(class_names[predicted[index]], 12)}{mistake}\n'
-            f'{confidence[index]:.0%} sure', fontsize=9, color='#bb3300' if mistake else '#226688')
-    for axes, (name, lengths) in zip(grid[1:], rows.items()):
-        high = lengths.max().item()
-        for ax, image, values in zip(axes, pixels, lengths):
-            overlay(ax, image, values, 'magma', 0, high, None)
-        axes[0].set_ylabel(f'{name}\ncontext')
-        figure.colorbar(ScalarMappable(Normalize(0, high), 'magma'), ax=axes, label='length', fraction=0.02, pad=0.01)
-    grid[0][0].set_ylabel('input')
-    figure.savefig(path, dpi=130)
+    labels = []
+    for index in chosen:
+        truth = '' if is_right[index] else f'\nis {shorten(class_names[targets[index]], 12)}'
+        labels.append(f'{shorten(class_names[predicted[index]], 12)}{truth}\n{confidence[index]:.0%} sure')
+    draw_predictions(path, title, pixels, maps, labels, is_right[chosen].tolist())
     return Path(dataset.filename(chosen[0], absolute=True))
 
 

@@ -16,7 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ['Picture', 'Section', 'draw_section', 'draw_training', 'overlay', 'write_page']
+__all__ = ['Picture', 'Section', 'draw_predictions', 'draw_section', 'draw_training', 'shorten', 'write_page']
 
 OPACITY = 0.75  # of a map over its image
 DARKEST = 0.4  # grey of black in an image under a map, so that the map's colours can be told apart there
@@ -191,6 +191,47 @@ def draw_training(path: Path, title: str, losses: Sequence[float], floor: float,
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
+    return _save(figure, path)
+
+
+def draw_predictions(
+        path: Path,
+        title: str,
+        pixels: Tensor,
+        maps: Sequence,
+        labels: Sequence[str],
+        are_right: Sequence[bool],
+) -> Path:
+    """Images with what a model says of them, and the contexts of one of its layers, one scale for each kind.
+
+    Args:
+        path: The PNG file.
+        title: What stands above.
+        pixels: The images, (N, H, W, 3), from 0 to 1.
+        maps: `LayerMaps` of the layer for each image.
+        labels: What the model says of each.
+        are_right: Whether that is right.
+    """
+    rows = {name: torch.stack([getattr(layer, name).norm(dim=0) for layer in maps]) for name in ('static', 'dynamic')}
+    height, width = maps[0].static.shape[1:]
+    figure = Figure(figsize=(max(1.25 * len(labels) + 1.5, 7.5), 5.4), layout='constrained')
+    _explain(figure, title, (
+        f"Colours: length of each pixel's context vector in a CoT layer ({maps[0].name}, {height} x {width} pixels, "
+        'enlarged). A colour means the same in all images of a row: brighter is longer, and says more to the layers '
+        'that follow.'))
+    grid = figure.subplots(3, len(labels), squeeze=False)
+    for ax, image, label, is_right in zip(grid[0], pixels, labels, are_right):
+        ax.imshow(image.numpy())
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(
+            f'{"✓" if is_right else "✗"} {label}', fontsize=9, color='#226688' if is_right else '#bb3300')
+    for axes, (name, lengths) in zip(grid[1:], rows.items()):
+        high = lengths.max().item()
+        for ax, image, values in zip(axes, pixels, lengths):
+            overlay(ax, image, values, 'magma', 0, high, None)
+        axes[0].set_ylabel(f'{name}\ncontext')
+        figure.colorbar(ScalarMappable(Normalize(0, high), 'magma'), ax=axes, label='length', fraction=0.02, pad=0.01)
+    grid[0][0].set_ylabel('input')
     return _save(figure, path)
 
 
