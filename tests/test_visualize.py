@@ -37,6 +37,13 @@ def photo(path, size=(70, 50)):
     return path
 
 
+def assert_nothing_is_cut_off(path):
+    with Image.open(path) as picture:
+        width, height = picture.size
+        for box in ((0, 0, width, 2), (0, height - 2, width, height), (0, 0, 2, height), (width - 2, 0, width, height)):
+            assert picture.convert('L').crop(box).getextrema() == (255, 255), (path, box)
+
+
 class Sandwich(nn.Module):
     """A network of no one's registry, with one layer, and one class score more than CoT layers."""
 
@@ -184,9 +191,7 @@ def test_page_has_all_pictures_and_says_what_they_show(written):
         with Image.open(path) as picture:
             assert 600 <= picture.width <= 2000 and 300 <= picture.height <= 1500 and path.stat().st_size < 2 ** 20
             assert len(picture.convert('RGB').getcolors(2 ** 24)) > 500
-            edge = picture.convert('L')  # nothing is cut off: the margin is white
-            for box in ((0, 0, picture.width, 2), (0, picture.height - 2, picture.width, picture.height)):
-                assert edge.crop(box).getextrema() == (255, 255), path
+        assert_nothing_is_cut_off(path)
 
 
 def test_command_says_that_weights_are_random(tmp_path, capsys):
@@ -200,6 +205,8 @@ def test_command_says_that_weights_are_random(tmp_path, capsys):
     assert re.search('class [01], [0-9.]+%; class [01], ', text)
     assert sorted(path.name for path in output.iterdir()) == sorted(
         ['index.html', *(f'photo-{kind}.png' for kind in KINDS)])
+    for path in output.glob('*.png'):
+        assert_nothing_is_cut_off(path)
 
 
 def test_command_refuses(tmp_path, capsys):

@@ -56,7 +56,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         SystemExit: With a message, if anything is off; with status 130, if it was stopped by Ctrl-C.
     """
     args = parse_args(argv)
-    for name in ('sklearn', 'matplotlib'):
+    for name in ('matplotlib',) if args.data else ('sklearn', 'matplotlib'):
         if importlib.util.find_spec(name) is None:
             sys.exit(f'{name} is not installed; get it by: pip install "timm-cotnet[demo]"')
     try:

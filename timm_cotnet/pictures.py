@@ -172,7 +172,7 @@ def draw_training(path: Path, title: str, losses: Sequence[float], floor: float,
         accuracies: Percentage of held-out images that are right after each whole epoch.
     """
     figure = Figure(figsize=(9, 3.6), layout='constrained')
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=12)
     left, right = figure.subplots(1, 2)
     steps = np.arange(1, len(losses) + 1)
     left.plot(steps, losses, color='#bbccdd', linewidth=1, label='each step')
@@ -315,8 +315,10 @@ def _grid(head: str, text: str, pixels: Tensor, maps: Sequence):
 
 def _explain(figure: Figure, head: str, text: str) -> None:
     """A title above, and below how the picture is read."""
-    figure.suptitle(head, fontsize=12)
-    figure.supxlabel(textwrap.fill(' '.join(text.split()), int(13 * figure.get_figwidth())), fontsize=9)
+    width = figure.get_figwidth()
+    lines = [textwrap.fill(line, int(8.5 * width)) for line in head.splitlines()]
+    figure.suptitle('\n'.join(lines), fontsize=12)
+    figure.supxlabel(textwrap.fill(' '.join(text.split()), int(13 * width)), fontsize=9)
 
 
 def _size(pixels: Tensor, columns: int, rows: int):

@@ -1,4 +1,5 @@
 """What a training tells while it runs, and how it is stopped: used by the demonstration."""
+import os
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ class StopRequest:
 
     def __init__(self):
         self.asked = False
+        self.process = os.getpid()
 
     def __enter__(self) -> 'StopRequest':
         self.before = None
@@ -33,6 +35,8 @@ class StopRequest:
             signal.signal(signal.SIGINT, self.before)
 
     def _ask(self, *_) -> None:
+        if os.getpid() != self.process:  # one that loads images ends with this one
+            return
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print('\nStopping after this step, then saving. Ctrl-C again stops at once.', file=sys.stderr, flush=True)

@@ -365,6 +365,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error(f'--top is {args.top}, expected 1 or more')
     if importlib.util.find_spec('matplotlib') is None:
         parser.error('matplotlib is not installed; get it by: pip install "timm-cotnet[demo]"')
+    torch.manual_seed(0)  # random weights, if need be, are the same each time
     try:
         model, why_random = load_model(args.model, args.checkpoint, args.num_classes, args.pretrained)
         note = ''
