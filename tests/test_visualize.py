@@ -270,7 +270,8 @@ class Chromium:
         self.read, to_write = os.pipe()
         command = [
             BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
-            '--disable-background-networking', f'--user-data-dir={profile}', '--remote-debugging-pipe']
+            '--disable-background-networking', f'--user-data-dir={profile}', '--remote-debugging-pipe',
+            'about:blank']
 
         def take_pipes():  # the browser reads from 3 and writes to 4
             for at, pipe in ((30, to_read), (31, to_write)):
