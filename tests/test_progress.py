@@ -75,7 +75,7 @@ def test_a_busy_machine_is_noticed_once(clock, capsys, monkeypatch, threads, adv
         clock.spend(3, 0)  # between steps, images are read
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert 'in 5.0 s for 5 steps the main thread worked 1.5 s (30%)' in lines[0] and advice in lines[0]
+    assert 'a step took 1.0 s, of which the main thread worked 0.3 s (30%)' in lines[0] and advice in lines[0]
 
 
 def test_quiet_machines_and_gpus_are_not_called_busy(clock, capsys):

@@ -109,10 +109,10 @@ class BusyWatch:
     def message(self) -> str:
         """What was noticed, and what helps."""
         what = (
-            f'This machine is busy: in {self.wall:.1f} s for {self.steps} steps the main thread worked '
-            f'{self.worked:.1f} s ({self.worked / self.wall:.0%}) and waited for a processor the rest.')
+            f'This machine is busy: a step took {self.wall / self.steps:.1f} s, of which the main thread worked '
+            f'{self.worked / self.steps:.1f} s ({self.worked / self.wall:.0%}) and waited for a processor the rest.')
         if torch.get_num_threads() == 1:
             return f'{what} What helps: ending other programs.'
         return (
             f'{what} What helps: ending other programs, or starting again with OMP_NUM_THREADS=1, so that no thread '
-            f'waits for others (now {torch.get_num_threads()}).')
+            f'waits for others (now there are {torch.get_num_threads()}).')
