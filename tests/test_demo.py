@@ -199,12 +199,13 @@ def test_own_images_are_refused(counts, message, tmp_path):
 @pytest.mark.slow
 def test_demo_on_own_images(tmp_path, capsys):
     data = own_images(tmp_path / 'data', {'red': 25, 'blue': 25})
-    main(['--data', str(data), '--device', 'cpu', '--epochs', '8', '--output', str(tmp_path / 'out')])
+    options = ['--data', str(data), '--device', 'cpu', '--epochs', '8', '--output', str(tmp_path / 'out')]
+    main(options)
     printed = capsys.readouterr().out
     assert 'Images: 40 to train on, 10 held out' in printed and 'Classes: 2 (blue, red)' in printed
     assert 'Accuracy: 100.0 % of the held-out images' in printed
     assert json.loads((tmp_path / 'out' / 'model' / 'config.json').read_text())['label_names'] == ['blue', 'red']
-    assert f'python -m timm_cotnet.demo --data {data} --model cotnet50' in printed
+    assert f'python -m timm_cotnet.demo {shlex.join(options)} --model cotnet50' in printed
     assert not (tmp_path / 'out' / 'digits').exists()
 
 

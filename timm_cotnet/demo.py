@@ -179,6 +179,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--workers', type=int, default=0, help='processes that load images (default: %(default)s; more help a GPU)')
     parser.add_argument('--seed', type=int, default=0, help='seed of all that is random (default: %(default)s)')
     args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else list(argv)
     if args.pretrained is None:
         args.pretrained = args.model == EMBEDDED
     if args.min_accuracy is None:
@@ -394,21 +395,20 @@ def show_predictions(
 
 def print_next(args: argparse.Namespace, folder: Path, image: Path) -> None:
     """Prints the commands to try next."""
-    views = args.output / 'views'
+    def line(*command):
+        print('  ' + shlex.join(['python', '-m', *map(str, command)]))
+
     print('\nNext, look at what all layers see in an image:')
-    print('  ' + shlex.join(
-        ['python', '-m', 'timm_cotnet.visualize', str(image), '--model', str(folder), '--output', str(views)]))
+    line('timm_cotnet.visualize', image, '--model', folder, '--output', args.output / 'views')
     if args.data is None:
         print('or fine-tune on images of your own (--help says what DIR should hold):')
-        print('  python -m timm_cotnet.demo --data DIR')
+        line('timm_cotnet.demo', '--data', 'DIR')
     elif args.model == EMBEDDED:
         print('or take a larger model:')
-        print('  ' + shlex.join(['python', '-m', 'timm_cotnet.demo', '--data', str(args.data), '--model', 'cotnet50']))
+        line('timm_cotnet.demo', *args.given, '--model', 'cotnet50')
     else:
         print('or train it longer:')
-        print('  ' + shlex.join([
-            'python', '-m', 'timm_cotnet.demo', '--data', str(args.data), '--model', args.model,
-            '--pretrained' if args.pretrained else '--no-pretrained', '--epochs', str(4 * args.epochs)]))
+        line('timm_cotnet.demo', *args.given, '--epochs', 4 * args.epochs)
 
 
 if __name__ == '__main__':
