@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 __all__ = ['Picture', 'Section', 'draw_predictions', 'draw_section', 'draw_training', 'shorten', 'write_page']
@@ -175,20 +176,22 @@ def draw_training(path: Path, title: str, losses: Sequence[float], floor: float,
     figure.suptitle(title, fontsize=12)
     left, right = figure.subplots(1, 2)
     steps = np.arange(1, len(losses) + 1)
-    left.plot(steps, losses, color='#bbccdd', linewidth=1, label='each step')
-    window = max(1, len(losses) // 20)
-    smooth = np.convolve(losses, np.ones(window) / window, 'valid')
-    left.plot(steps[window - 1:], smooth, color='#225588', label=f'mean of {window} steps')
+    left.plot(steps, losses, '-' if len(losses) > 20 else '.-', color='#99b3cc', linewidth=1, label='each step')
+    window = len(losses) // 20
+    if window > 1:
+        smooth = np.convolve(losses, np.ones(window) / window, 'valid')
+        left.plot(steps[window - 1:], smooth, color='#225588', label=f'mean of {window} steps')
     left.axhline(floor, color='black', linestyle='--', linewidth=1, label=f'least possible, {floor:.2f}')
     left.set(xlabel='step', ylabel='training loss', ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
     right.plot(np.arange(1, len(accuracies) + 1), accuracies, 'o-', color='#aa5500')
     for epoch, value in list(enumerate(accuracies, 1))[-1:]:
-        right.annotate(f'{value:.1f} %', (epoch, value), (0, -15), textcoords='offset points', ha='center')
+        right.annotate(
+            f'{value:.1f} %', (epoch, value), (0, -15 if value > 90 else 8), textcoords='offset points', ha='center')
     right.set(xlabel='epoch', ylabel='held-out accuracy in %', xlim=(0.5, max(len(accuracies), 1) + 0.5))
-    right.set_ylim(max(0, min(accuracies, default=0) - 3), 100.5)
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.set_ylim(max(0, min(accuracies, default=0) - 4), 100.5)
     for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
     return _save(figure, path)
