@@ -1,18 +1,24 @@
 """The demonstration, from an installed package, in short; the weights that come with the package; the digits."""
 import json
 import re
+import shlex
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from timm.data import resolve_data_config
 
 import timm_cotnet
-from timm_cotnet.demo import create_loaders, evaluate, first_contexts, load_folder, main
+from timm_cotnet.demo import create_datasets, create_loaders, evaluate, fine_tune, loss_floor, main
 from timm_cotnet.digits import write_digits
+from timm_cotnet.progress import StopRequest
+from timm_cotnet.visualize import load_model
 
 pytest.importorskip('sklearn', reason='the digits come with scikit-learn, of the extra "demo"')
 pytest.importorskip('matplotlib', reason='the demonstration draws with matplotlib, of the extra "demo"')
@@ -49,7 +55,7 @@ def test_embedded_weights_read_held_out_digits(digits):
     model = timm.create_model('test_cotnet', pretrained=True)
     assert sum(p.numel() for p in model.parameters()) <= 700_000
     assert model.num_classes == 10
-    _, loader = create_loaders(digits, resolve_data_config({}, model=model), batch_size=64)
+    _, loader = create_loaders(create_datasets(digits), resolve_data_config({}, model=model), batch_size=64)
     accuracy, logits, targets = evaluate(model, loader, torch.device('cpu'))
     assert logits.shape == (364, 10) and len(targets) == 364
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item(), abs=1e-4)
@@ -114,8 +120,8 @@ def test_demo_writes_a_model_that_timm_reads(short_run, digits):
     assert config['architecture'] == 'test_cotnet'
     assert config['label_names'] == [str(digit) for digit in range(10)]
     assert 'file' not in config['pretrained_cfg']
-    model = load_folder(folder / 'model')
-    _, loader = create_loaders(digits, resolve_data_config({}, model=model), batch_size=64)
+    model, _ = load_model(str(folder / 'model'))
+    _, loader = create_loaders(create_datasets(digits), resolve_data_config({}, model=model), batch_size=64)
     accuracy, *_ = evaluate(model, loader, torch.device('cpu'))
     printed_accuracy = re.search(r'Accuracy: ([\d.]+) %', printed)[1]
     assert accuracy == pytest.approx(float(printed_accuracy), abs=0.06 + 100 / 364)  # other batches, other rounding
@@ -124,25 +130,122 @@ def test_demo_writes_a_model_that_timm_reads(short_run, digits):
 
 
 @pytest.mark.slow
-def test_demo_draws_a_picture(short_run):
+def test_demo_draws_pictures(short_run):
     folder, _ = short_run
-    with Image.open(folder / 'predictions.png') as picture:
-        assert picture.width >= 1000 and picture.height >= 400
-        assert len(picture.convert('RGB').getcolors(maxcolors=2 ** 24)) > 100
+    for name, least in (('predictions', 1500), ('training', 800)):
+        with Image.open(folder / f'{name}.png') as picture:
+            assert picture.width >= least and picture.height >= 350
+            assert len(picture.convert('RGB').getcolors(maxcolors=2 ** 24)) > 100
 
 
-def test_contexts_of_the_picture_are_those_of_the_first_cot_layer():
-    model = timm.create_model('test_cotnet', pretrained=True).eval()
-    images = torch.rand(3, 3, 64, 64)
-    layer = model.layer1[0].conv2
-    outputs = []
-    handle = layer.key_embed.register_forward_hook(lambda module, args, output: outputs.append(output))
-    static, dynamic = first_contexts(model, images)
-    handle.remove()
-    assert static.shape == dynamic.shape == (3, 16, 16)
-    torch.testing.assert_close(static, outputs[0].norm(dim=1))
-    assert dynamic.std() > 0
-    assert not layer._forward_pre_hooks
+@pytest.mark.slow
+def test_demo_prints_commands_that_work(short_run, installed_venv):
+    folder, printed = short_run
+    command = re.search(r'^  python (-m timm_cotnet.visualize .*)$', printed, flags=re.M)[1]
+    assert 'Written: ' in installed_venv.check_output(*shlex.split(command))
+    with Image.open(next((folder / 'views').glob('*-filters.png'))) as picture:
+        assert picture.width >= 600
+    assert '  python -m timm_cotnet.demo --data DIR' in printed.splitlines()
+
+
+def test_floor_of_the_loss_is_reached_by_the_smoothed_label_only():
+    target = torch.tensor([0])
+    for num_classes in (2, 10, 1000):
+        label = torch.full((1, num_classes), 0.1 / num_classes)
+        label[0, 0] += 0.9
+        assert F.cross_entropy(label.log(), target, label_smoothing=0.1).item() == pytest.approx(
+            loss_floor(num_classes), abs=1e-5)
+        for _ in range(5):
+            other = label.log() + 0.1 * torch.randn(1, num_classes)
+            assert F.cross_entropy(other, target, label_smoothing=0.1) > loss_floor(num_classes)
+    assert loss_floor(10) == pytest.approx(0.500, abs=1e-3)  # as the README's demonstration prints it
+
+
+def own_images(folder, counts):
+    """Plain images of one colour, as many as are given for each folder."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new('RGB', (40, 30), (250 if 'red' in name else 20, 8 * index, 90)).save(
+                folder / name / f'{index}.png')
+    return folder
+
+
+def test_own_images_with_and_without_a_split(tmp_path):
+    split = own_images(tmp_path / 'split', {'train/red': 3, 'train/blue': 4, 'train/green': 2, 'val/red': 2})
+    train, val = create_datasets(split)
+    assert train.reader.class_to_idx == {'blue': 0, 'green': 1, 'red': 2}
+    assert len(train) == 9 and [label for _, label in val.reader.samples] == [2, 2]  # also where val lacks classes
+
+    whole = own_images(tmp_path / 'whole', {'red': 11, 'blue': 4})
+    train, val = create_datasets(whole)
+    assert [(Path(path).name, label) for path, label in val.reader.samples] == [('4.png', 1), ('9.png', 1)]
+    assert len(train) == 13 and not set(train.reader.samples) & set(val.reader.samples)
+
+
+@pytest.mark.parametrize('counts, message', [
+    ({}, 'which is no folder'),
+    ({'train/red': 2, 'train/blue': 2, 'val/green': 1}, "val has the class 'green', of which there is no image"),
+    ({'train/red': 2}, 'has images of one class only'),
+    ({'val/red': 2}, 'val has no folder named train beside it'),
+    ({'red': 2, 'blue': 3}, 'has less than 5 images of each class'),
+    ({'red': 0}, 'Found 0 images'),
+])
+def test_own_images_are_refused(counts, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main(['--data', str(own_images(tmp_path / 'data', counts)), '--output', str(tmp_path / 'out')])
+
+
+@pytest.mark.slow
+def test_demo_on_own_images(tmp_path, capsys):
+    data = own_images(tmp_path / 'data', {'red': 25, 'blue': 25})
+    options = ['--data', str(data), '--device', 'cpu', '--epochs', '8', '--output', str(tmp_path / 'out')]
+    main(options)
+    printed = capsys.readouterr().out
+    assert 'Images: 40 to train on, 10 held out' in printed and 'Classes: 2 (blue, red)' in printed
+    assert 'Accuracy: 100.0 % of the held-out images' in printed
+    assert json.loads((tmp_path / 'out' / 'model' / 'config.json').read_text())['label_names'] == ['blue', 'red']
+    assert f'python -m timm_cotnet.demo {shlex.join(options)} --model cotnet50' in printed
+    assert not (tmp_path / 'out' / 'digits').exists()
+
+
+def test_training_stops_when_it_is_asked_to():
+    model = timm.create_model('test_cotnet', num_classes=2)
+    before = model.fc.weight.detach().clone()
+    stop = StopRequest()
+
+    class Loader(list):
+        def __iter__(self):
+            for index, batch in enumerate(super().__iter__()):
+                stop.asked = index == 3  # while the fourth batch is read
+                yield batch
+
+    loader = Loader([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))] * 9)
+    trained = fine_tune(model, loader, loader, 5, 1e-3, torch.device('cpu'), stop)
+    assert trained.stopped and len(trained.losses) == 3 and trained.accuracies == []
+    assert not torch.equal(trained.model.fc.weight, before)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_what_there_is(installed_venv, tmp_path):
+    process = subprocess.Popen(
+        [installed_venv.path / 'bin' / 'python', '-m', 'timm_cotnet.demo', '--epochs', '500', '--output', tmp_path],
+        cwd=installed_venv.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while not any(line.startswith('  step ') for line in lines):  # piped, there is one after ten seconds
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and 'Traceback' not in errors
+    assert 'Stopping after this step' in errors
+    assert re.search(r'Accuracy: [\d.]+ % of the held-out digits so far', printed)
+    for name in ('model/model.safetensors', 'predictions.png', 'training.png'):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert load_model(str(tmp_path / 'model'))[0].num_classes == 10
 
 
 @pytest.mark.slow
@@ -177,11 +280,18 @@ def test_demo_refuses_a_file_as_output(tmp_path):
     assert path.read_text() == 'mine'
 
 
-def test_demo_refuses_less_than_one_epoch(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(['--epochs', '0'])
-    assert error.value.code == 2
-    assert '--epochs is 0, expected 1 or more' in capsys.readouterr().err
+def test_demo_refuses_numbers_that_are_too_small(capsys):
+    for option, least in (('epochs', 1), ('batch-size', 2)):
+        with pytest.raises(SystemExit) as error:
+            main([f'--{option}', str(least - 1)])
+        assert error.value.code == 2
+        assert f'--{option} is {least - 1}, expected {least} or more' in capsys.readouterr().err
+
+
+def test_help_says_what_own_images_are(capsys):
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    assert 'DIR/train/cat/1.jpg' in capsys.readouterr().out
 
 
 @pytest.mark.slow

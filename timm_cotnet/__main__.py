@@ -7,6 +7,7 @@ COMMANDS = {
     'demo': 'fine-tunes a small CoTNet on real images, in minutes',
     'explain': 'says which implementation works on each part of a model, and why',
     'recipes': 'writes training recipes for timm\'s train.py, the published ones among them',
+    'visualize': 'draws what CoT layers see in images',
     'convert': 'makes safetensors and config of an official checkpoint',
     'verify': 'compares the accuracy of converted weights with the published one',
     'publish': 'uploads converted weights to the Hub',
@@ -15,7 +16,7 @@ COMMANDS = {
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    lines = [f'  python -m timm_cotnet.{name:8} {what}' for name, what in COMMANDS.items()]
+    lines = [f'  python -m timm_cotnet.{name:9} {what}' for name, what in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog='python -m timm_cotnet', usage='python -m timm_cotnet.COMMAND [options]',
         description='Contextual Transformer networks for timm. Lists the commands, each of which has a --help.',

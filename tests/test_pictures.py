@@ -1,0 +1,34 @@
+"""Pictures at the ends of their ranges; those of images are looked at in test_visualize.py."""
+import pytest
+import torch
+
+pytest.importorskip('matplotlib', reason='pictures are drawn with matplotlib, of the extra "demo"')
+
+from matplotlib.figure import Figure  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from timm_cotnet.pictures import draw_training, overlay, shorten  # noqa: E402
+
+
+@pytest.mark.parametrize('steps, epochs', [(1, 0), (60, 3)])
+def test_training_curve(steps, epochs, tmp_path):
+    path = draw_training(tmp_path / 'curve.png', 'model', [2.] * steps, 0.5, [90.] * epochs)
+    with Image.open(path) as picture:
+        assert picture.width > 800 and picture.height > 300
+        for box in ((0, 0, picture.width, 2), (0, picture.height - 2, picture.width, picture.height)):
+            assert picture.convert('L').crop(box).getextrema() == (255, 255)
+
+
+def test_map_lies_over_the_whole_image_and_its_bar_says_what_lies_outside():
+    figure = Figure()
+    ax = figure.subplots()
+    overlay(ax, torch.rand(30, 40, 3), torch.tensor([[0., 1.], [2., 9.]]), 'viridis', 0.5, 3, 'length')
+    background, values = ax.get_images()
+    assert background.get_extent() == values.get_extent()
+    assert background.get_array().min() > 0.3  # light enough for the colours of the map
+    bar = figure.axes[1]
+    assert bar.get_ylabel() == 'length' and values.colorbar.extend == 'both'
+
+
+def test_long_names_are_cut():
+    assert shorten('cat', 5) == 'cat' and shorten('caterpillar', 8) == 'cater...'
