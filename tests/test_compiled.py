@@ -166,6 +166,12 @@ def test_second_derivatives_of_local_conv():
     assert all(difference(actual, expected) < 1e-5 for actual, expected in zip(*results))
 
 
+def test_under_vmap_taps_are_plain():
+    x, weight = (t.detach().unsqueeze(0).repeat(2, *[1] * t.ndim) for t in inputs())
+    out = torch.compile(torch.vmap(local_conv), fullgraph=True, backend='eager')(x, weight)
+    assert difference(out[1], local_conv_reference(x[1], weight[1])) < 1e-6
+
+
 def test_without_kernels_taps_are_plain():
     x, weight = (t.detach().double() for t in inputs())
     (graph,) = graphs_of(lambda x: local_conv(x, weight), x)

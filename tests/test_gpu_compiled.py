@@ -51,8 +51,7 @@ def compiled(module, **kwargs):
 
 
 def operators(module, x):
-    """Names of the operators of this package in the graph of module(x), sorted; and how many
-    calls it holds, less those that only look something up."""
+    """Names of the operators of this package in the graph of module(x), sorted; and how many calls it computes with."""
     graphs = []
 
     def backend(graph, inputs):
