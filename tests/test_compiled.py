@@ -71,8 +71,8 @@ def assert_trains_like_plain(name, x, tolerance=1e-4, **kwargs):
 
 
 @pytest.mark.parametrize('name, memory_format, backend', [
-    ('CotLayer', torch.contiguous_format, 'aot_eager'), ('CoxtLayer', torch.channels_last, 'aot_eager'),
-    ('CotLayer', torch.channels_last, 'eager')], ids=str)
+    pytest.param('CotLayer', torch.contiguous_format, 'aot_eager', marks=pytest.mark.slow),
+    ('CoxtLayer', torch.channels_last, 'aot_eager'), ('CotLayer', torch.channels_last, 'eager')], ids=str)
 def test_training(name, memory_format, backend):
     assert_trains_like_plain(name, image(4, 32, memory_format=memory_format), backend=backend)
 
