@@ -24,7 +24,12 @@ def needs_plain_graph(*tensors: torch.Tensor) -> bool:
     """
     return torch.compiler.is_compiling() and (
         not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active() or any(type(t) not in _TENSORS for t in tensors))
+        or _is_functorch_active() or any(type(t) not in _TENSORS for t in tensors))
+
+
+@torch.compiler.assume_constant_result  # of the graph that is being made
+def _is_functorch_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def are_watched(modules: List[nn.Module], children: bool = True) -> bool:
