@@ -50,7 +50,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             group: Any,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         dims = [i for i in range(x.ndim) if i != 1]
-        local = torch.zeros(3, x.shape[1])  # a process may have no values: a detector without a region for its mask head
+        local = torch.zeros(3, x.shape[1])  # a process may have no values: its images have no region for a mask head
         if x.numel():
             local[0] = x.numel() // x.shape[1]
             local[2], local[1] = torch.var_mean(x.float(), dims, correction=0)
