@@ -57,7 +57,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, local, group=group)
         counts, means, variances = torch.stack(parts, 1)  # (processes, channels) each
-        count = counts.sum(0)
+        count = counts[:, 0].sum()
         mean = (counts * means).sum(0) / count.clamp(min=1)
         var = (counts * (variances + (means - mean) ** 2)).sum(0) / count.clamp(min=1)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)
