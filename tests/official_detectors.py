@@ -10,7 +10,8 @@ CLASSES = 80
 
 
 def _norm(name: str) -> dict:
-    return {f'{name}.norm.{part}': (256,) for part in ('weight', 'bias', 'running_mean', 'running_var')}
+    shapes = {f'{name}.norm.{part}': (256,) for part in ('weight', 'bias', 'running_mean', 'running_var')}
+    return shapes | {f'{name}.norm.num_batches_tracked': ()}
 
 
 def head_shapes(kind: str, channels: list[int], classes: int = CLASSES) -> dict:
