@@ -10,13 +10,12 @@ from official_checkpoints import save
 from official_detectors import CLASSES, KINDS, detectron2_extras, detector_state_dict, saved
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.models._meta import _COCO_CATEGORIES
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from timm_cotnet import detection
 from timm_cotnet.checkpoint import CheckpointError, find_state_dict, read_checkpoint
 from timm_cotnet.detection.convert import COCO_IDS, DIFFERENCES, check_detector, convert_detector, main, rename_detector
-from timm_cotnet.detection.published import PUBLISHED_DETECTORS
+from timm_cotnet.detection.published import COCO_CATEGORIES, PUBLISHED_DETECTORS
 from timm_cotnet.publish import PublishError, publish
 
 HUB_CARDS = Path(__file__).parent.parent / 'hub_cards'
@@ -38,7 +37,7 @@ def test_every_configuration_is_found_by_its_keys_and_shapes(name):
 
 def test_classes_get_the_numbers_of_coco():
     assert len(COCO_IDS) == CLASSES and COCO_IDS[0] == 1 and COCO_IDS[-1] == 90
-    assert [_COCO_CATEGORIES[COCO_IDS[i]] for i in (0, 11, 79)] == ['person', 'stop sign', 'toothbrush']
+    assert [COCO_CATEGORIES[COCO_IDS[i]] for i in (0, 11, 79)] == ['person', 'stop sign', 'toothbrush']
     state_dict = detector_state_dict('maskrcnn', 'test_cotnet', expand=True)
     for name in ('box_predictor.cls_score.bias', 'box_predictor.bbox_pred.weight', 'mask_head.predictor.weight'):
         state_dict[f'roi_heads.{name}'] = torch.randn(state_dict[f'roi_heads.{name}'].shape)
