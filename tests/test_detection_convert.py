@@ -172,7 +172,7 @@ def test_command(tmp_path, capsys, converted):
     assert main([str(folder / 'model_final.pth'), str(tmp_path / 'no.pth'), '--output', str(tmp_path / 'out')]) == 1
     captured = capsys.readouterr()
     made = tmp_path / 'out' / 'cascade_mask_rcnn_test_cotnet_fpn'
-    use = f"timm_cotnet.detection.cascade_mask_rcnn_cotnet_fpn('test_cotnet', weights={str(made)!r})"
+    use = f"timm_cotnet.detection.cascade_mask_rcnn_cotnet_fpn('test_cotnet', weights={str(made)!r}, num_classes=4)"
     assert f'use     {use}' in captured.out
     assert 'web page' in captured.err
     assert all(what in captured.out and how_much in captured.out for what, how_much in DIFFERENCES)

@@ -268,7 +268,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         for name, digest in conversion.digests.items():
             print(f'sha256  {digest}  {folder / name} ({(folder / name).stat().st_size} bytes)')
         config = conversion.config
-        print(f"use     timm_cotnet.detection.{config['detector']}({config['backbone']!r}, weights={str(folder)!r})")
+        arguments = f"{config['backbone']!r}, weights={str(folder)!r}, num_classes={config['num_classes']}"
+        print(f"use     timm_cotnet.detection.{config['detector']}({arguments})")
     if converted:
         print(f'\nAs in detectron2: {AGREEING}.\nDifferent from detectron2, and how much it can matter:')
         for what, how_much in DIFFERENCES:
