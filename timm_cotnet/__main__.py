@@ -9,6 +9,7 @@ COMMANDS = {
     'recipes': 'writes training recipes for timm\'s train.py, the published ones among them',
     'visualize': 'draws what CoT layers see in images',
     'convert': 'makes safetensors and config of an official checkpoint',
+    'detection.convert': 'makes safetensors and config of an official detector',
     'verify': 'compares the accuracy of converted weights with the published one',
     'publish': 'uploads converted weights to the Hub',
     'cards': 'writes the model cards of the Hub repositories',
