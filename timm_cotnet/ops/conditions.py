@@ -2,6 +2,7 @@
 
 Each is stated once. A function `why_not_...(module, x)` gives a reason, or None if there is none.
 """
+import importlib
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -13,8 +14,10 @@ from .gpu.local_conv import why_not_triton
 from .watch import are_watched, is_traced, needs_plain_graph
 
 try:
-    from . import cpu  # the only import of that folder, without which all works
-except ImportError:
+    cpu = importlib.import_module('.cpu', __package__)  # the only import of that folder, without which all works
+except ModuleNotFoundError as error:
+    if error.name != f'{__package__}.cpu':
+        raise
     cpu = None
 
 KINDS: Dict[type, str] = {}  # what `dispatch.known_as` was told
