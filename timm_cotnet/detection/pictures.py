@@ -4,8 +4,8 @@ from typing import Dict, List
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from torchvision.io import write_png
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from .data import CocoDataset
@@ -65,4 +65,5 @@ def draw_predictions(path: Path, model: nn.Module, dataset: CocoDataset, device:
         output, = model([image.to(device) / 255])
         picture = draw_detections(image, output, dataset.names)
         pictures.append(F.pad(picture, (0, SIDE - picture.shape[2], 0, SIDE - picture.shape[1]), value=255))
-    write_png(make_grid(torch.stack(pictures), nrow=3, pad_value=255), str(path))
+    grid = make_grid(torch.stack(pictures), nrow=3, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, optimize=True)

@@ -18,7 +18,7 @@ SIZES = ((160, 128), (128, 160), (144, 144))  # width and height of the images
 VISIBLE = 0.4  # a shape of which less can be seen is not drawn
 
 
-def write_shapes(folder: Union[str, Path], train: int = 300, val: int = 60, seed: int = 0) -> Path:
+def write_shapes(folder: Union[str, Path], train: int = 300, val: int = 40, seed: int = 0) -> Path:
     """Writes the data set and returns its folder.
 
     Args:
@@ -98,7 +98,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('folder', type=Path, help='where to write the data set')
     parser.add_argument('--train', type=int, default=300, help='images to train on')
-    parser.add_argument('--val', type=int, default=60, help='images to evaluate with')
+    parser.add_argument('--val', type=int, default=40, help='images to evaluate with')
     parser.add_argument('--seed', type=int, default=0, help='seed of all that is drawn')
     args = parser.parse_args(argv)
     print(f'Written to {write_shapes(args.folder, args.train, args.val, args.seed)}')
