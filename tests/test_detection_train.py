@@ -74,7 +74,7 @@ def test_run_and_evaluation_of_what_it_wrote(shapes, tmp_path, capsys):
     assert not losses(again) and json.loads(again.splitlines()[-1]) == metrics
     with pytest.raises(SystemExit, match=r'which holds state\.pth of a run: go on with it by --resume'):
         main(arguments(shapes, tmp_path, '--epochs', '1'))
-    with pytest.raises(SystemExit, match="belongs to another run: .*model was 'maskrcnn_cotnet_fpn' and is 'fasterrcnn"):
+    with pytest.raises(SystemExit, match="another run: .*model was 'maskrcnn_cotnet_fpn' and is 'fasterrcnn"):
         main(arguments(shapes, tmp_path, '--epochs', '1', '--resume', '--amp', model='fasterrcnn_cotnet_fpn'))
     with pytest.raises(SystemExit, match='of another detector'):
         main(arguments(shapes, tmp_path, '--eval', model='cascade_mask_rcnn_cotnet_fpn'))

@@ -198,7 +198,11 @@ def save_folder(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / 'model.safetensors')
     label_names = [str(digit) for digit in range(NUM_CLASSES)]
-    _hub.save_config_for_hf(model, folder / 'config.json', model_config=dict(label_names=label_names))
+    path = folder / 'config.json'
+    _hub.save_config_for_hf(model, path, model_config=dict(label_names=label_names))
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # stands above them too; transformers takes it only once
+    path.write_text(json.dumps(config, indent=2))
 
 
 def load_folder(folder: Path) -> nn.Module:
