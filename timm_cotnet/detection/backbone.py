@@ -14,6 +14,7 @@ __all__ = ['BackboneWithFPN', 'cotnet_fpn_backbone']
 NORMS: Dict[str, Optional[Callable[..., nn.Module]]] = {
     'sync': SyncBatchNorm, 'batch': nn.BatchNorm2d, 'frozen': None}
 STRIDES = (4, 8, 16, 32)  # of the stages, which torchvision calls layers 1 to 4
+OUT_CHANNELS = 256  # of all levels of the pyramid
 
 
 class BackboneWithFPN(nn.Module):
@@ -92,10 +93,10 @@ def cotnet_fpn_backbone(
         body = convert_sync_batchnorm(body)
     elif norm == 'frozen':
         body = freeze_batch_norm_2d(body)
-    out_channels = 256
+
     fpn = FeaturePyramidNetwork(
-        body.feature_info.channels(), out_channels, extra_blocks or LastLevelMaxPool(), norm_layer=NORMS[fpn_norm])
-    return BackboneWithFPN(body, fpn, out_channels)
+        body.feature_info.channels(), OUT_CHANNELS, extra_blocks or LastLevelMaxPool(), norm_layer=NORMS[fpn_norm])
+    return BackboneWithFPN(body, fpn, OUT_CHANNELS)
 
 
 def _freeze(body: nn.Module, ends: List[str], count: int) -> None:

@@ -74,8 +74,7 @@ class CascadeRoIHeads(RoIHeads):
     predicted for the final boxes. All as in detectron2, losses and post-processing as in torchvision.
 
     Args:
-        stages: Stages, first to last; sampling and thresholds are those of the first.
-        box_roi_pool: Pooling of regions for all stages.
+        stages: Stages, first to last; pooling, sampling and thresholds are those of the first.
         mask_roi_pool: Pooling of regions for masks, or None.
         mask_head: Head on the pooled regions, or None.
         mask_predictor: Predictor of masks, or None.
@@ -84,14 +83,14 @@ class CascadeRoIHeads(RoIHeads):
     def __init__(
             self,
             stages: List[CascadeStage],
-            box_roi_pool: nn.Module,
             mask_roi_pool: Optional[nn.Module] = None,
             mask_head: Optional[nn.Module] = None,
             mask_predictor: Optional[nn.Module] = None,
     ):
         first, last = stages[0], stages[-1]
         super().__init__(
-            box_roi_pool, None, None, first.proposal_matcher.high_threshold, first.proposal_matcher.low_threshold,
+            first.box_roi_pool, None, None,
+            first.proposal_matcher.high_threshold, first.proposal_matcher.low_threshold,
             first.fg_bg_sampler.batch_size_per_image, first.fg_bg_sampler.positive_fraction, last.box_coder.weights,
             first.score_thresh, first.nms_thresh, first.detections_per_img, mask_roi_pool, mask_head, mask_predictor)
         self.stages = nn.ModuleList(stages)

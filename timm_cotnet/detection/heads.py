@@ -1,14 +1,15 @@
-"""Parts of the published detectors that torchvision has in another form: anchors, pooling, class-agnostic boxes."""
+"""Parts of the published detectors that torchvision has in another form: anchors, pooling, predictors."""
 from typing import Dict, List, Tuple
 
 import torch
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RPNHead as TorchvisionRPNHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format, _filter_input, _setup_scales
 
-__all__ = ['AlignedRoIAlign', 'AnchorGenerator', 'ClassAgnosticPredictor']
+__all__ = ['AlignedRoIAlign', 'AnchorGenerator', 'BoxPredictor', 'RPNHead']
 
 
 class AnchorGenerator(TorchvisionAnchorGenerator):
@@ -95,18 +96,46 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         return pooled
 
 
-class ClassAgnosticPredictor(nn.Module):
-    """Scores of the classes and one box for all of them, which is repeated for each as torchvision expects.
+class RPNHead(TorchvisionRPNHead):
+    """torchvision's head of the region proposals, whose results are in full precision under autocast too.
+
+    Boxes are computed in the dtype of the offsets, and bfloat16 has no pixels between 1024 and 1032.
+    """
+
+    def forward(self, x: List[torch.Tensor]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """Logits (B, anchors, H, W) and box offsets (B, anchors * 4, H, W) of each level.
+
+        Args:
+            x: Levels of the pyramid, (B, C, H, W).
+        """
+        logits: List[torch.Tensor] = []
+        offsets: List[torch.Tensor] = []
+        for feature in x:
+            hidden = self.conv(feature)
+            logits.append(_full_precision(self.cls_logits(hidden)))
+            offsets.append(_full_precision(self.bbox_pred(hidden)))
+        return logits, offsets
+
+
+class BoxPredictor(nn.Module):
+    """Scores and boxes of regions, in full precision under autocast too.
 
     Args:
         in_channels: Channels of its input.
         num_classes: Number of classes, the background included.
+        class_agnostic: Predict one box for all classes; it is repeated for each, as torchvision expects.
     """
 
-    def __init__(self, in_channels: int, num_classes: int):
+    def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool = False):
         super().__init__()
+        self.repeats = num_classes if class_agnostic else 1
         self.cls_score = nn.Linear(in_channels, num_classes)
-        self.bbox_pred = nn.Linear(in_channels, 4)
+        self.bbox_pred = nn.Linear(in_channels, 4 if class_agnostic else 4 * num_classes)
+        # as in detectron2: what a cascade refines is at first almost what it was
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, num_classes) and box offsets (N, num_classes * 4).
@@ -114,5 +143,9 @@ class ClassAgnosticPredictor(nn.Module):
         Args:
             x: Features of regions, (N, in_channels).
         """
-        logits = self.cls_score(x)
-        return logits, self.bbox_pred(x).repeat(1, logits.shape[1])
+        offsets = _full_precision(self.bbox_pred(x))
+        return _full_precision(self.cls_score(x)), offsets.repeat(1, self.repeats)
+
+
+def _full_precision(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
