@@ -15,7 +15,7 @@ __all__ = ['write_shapes']
 
 CLASSES = ('circle', 'square', 'triangle')
 SIZES = ((160, 128), (128, 160), (144, 144))  # width and height of the images
-VISIBLE = 0.4  # a shape of which less can be seen is not drawn
+VISIBLE = 0.5  # a shape of which less can be seen is not drawn
 
 
 def write_shapes(folder: Union[str, Path], train: int = 300, val: int = 40, seed: int = 0) -> Path:
@@ -52,7 +52,7 @@ def _draw(rng: random.Random):
     noise = np.random.default_rng(rng.getrandbits(32))
     pixels = noise.normal(rng.randint(60, 190), 12, (height, width, 3))
     masks: List[Any] = []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(2, 4)):
         category, mask = rng.randint(1, len(CLASSES)), Image.new('1', (width, height))
         _fill(ImageDraw.Draw(mask), CLASSES[category - 1], rng, width, height)
         mask = np.array(mask)
@@ -67,7 +67,7 @@ def _draw(rng: random.Random):
 
 
 def _fill(draw: ImageDraw.ImageDraw, shape: str, rng: random.Random, width: int, height: int) -> None:
-    side = rng.randint(24, 64)
+    side = rng.randint(28, 72)
     x, y = rng.randint(0, width - side - 1), rng.randint(0, height - side - 1)
     if shape == 'circle':
         draw.ellipse((x, y, x + side, y + side), fill=1)

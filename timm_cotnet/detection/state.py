@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-__all__ = ['StateError', 'load_state', 'load_weights', 'save_detector', 'save_state']
+from ..hub import WEIGHTS_NAME
 
-STATE, WEIGHTS, CONFIG = 'state.pth', 'model.safetensors', 'config.json'
+__all__ = ['StateError', 'load_state', 'save_detector', 'save_state']
+
+STATE = 'state.pth'
 
 
 class StateError(RuntimeError):
@@ -67,28 +68,17 @@ def load_state(folder: Path, settings: Dict[str, Any], **parts: Any) -> Optional
 
 
 def save_detector(folder: Path, model: nn.Module, config: Dict[str, Any]) -> None:
-    """Writes a trained detector as `model.safetensors`, and `config.json` with what made it.
+    """Writes a trained detector as `model.safetensors`, and `config.json` that tells `weights=folder` what it is.
 
     Args:
         folder: Where to write.
         model: The detector.
-        config: How it was made, and the names of its labels.
+        config: How it was made.
     """
-    unfinished = folder / f'{WEIGHTS}.part'
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, unfinished)
-    os.replace(unfinished, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Loads `model.safetensors` of a run into a detector.
-
-    Raises:
-        StateError: If the file cannot be read, or is one of another detector.
-    """
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise StateError(f'{path} cannot be read as safetensors: {error}') from error
-    except RuntimeError as error:
-        raise StateError(f'{path} belongs to another detector: {error}') from error
+    state_dict = {key: value.contiguous() for key, value in model.state_dict().items()}
+    text = json.dumps(config, indent=2) + '\n'
+    (folder / WEIGHTS_NAME).unlink(missing_ok=True)  # where the weights are, the rest belongs to them
+    (folder / 'config.json').write_text(text)
+    unfinished = folder / f'{WEIGHTS_NAME}.part'
+    save_file(state_dict, unfinished, metadata={'format': 'pt'})
+    os.replace(unfinished, folder / WEIGHTS_NAME)

@@ -20,21 +20,22 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from timm.utils import ParseKwargs
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection import FasterRCNN
 
-from . import cascade_mask_rcnn_cotnet_fpn, cascade_rcnn_cotnet_fpn, fasterrcnn_cotnet_fpn, maskrcnn_cotnet_fpn
-from .data import (
-    AugmentedDataset, CocoDataset, DataError, TrainingSampler, find_split, seed_of, training_transforms)
+from ..hub import WEIGHTS_NAME
+from ..pretrained import WeightsError
+from .data import AugmentedDataset, CocoDataset, DataError, TrainingSampler, find_split, seed_of, training_transforms
 from .evaluate import evaluate
+from .models import DETECTORS
 from .pictures import draw_predictions
 from .schedule import Schedule, create_optimizer
-from .state import STATE, WEIGHTS, StateError, load_state, load_weights, save_detector, save_state
+from .state import STATE, StateError, load_state, save_detector, save_state
+from .weights import find_weights
 
-MODELS = {model.__name__: model for model in (
-    fasterrcnn_cotnet_fpn, maskrcnn_cotnet_fpn, cascade_rcnn_cotnet_fpn, cascade_mask_rcnn_cotnet_fpn)}
-MIN_SIZES, MAX_SIZE = (640, 672, 704, 736, 768, 800), 1333  # of the paper; evaluation takes the last
+HOW_MADE = ('model', 'backbone', 'norm', 'model_kwargs')  # options on which the detector depends
 
 
 class TrainingError(RuntimeError):
@@ -53,8 +54,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         with process_group(args.device) as device:
             run(args, device)
-    except (DataError, StateError, TrainingError) as error:
+    except DataError as error:
         sys.exit(str(error).splitlines()[-1])  # a worker of the loader puts its traceback before
+    except (StateError, TrainingError, WeightsError) as error:
+        sys.exit(str(error))
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -62,16 +65,17 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         prog='python -m timm_cotnet.detection.train', description=__doc__.split('\n')[0])
     add = parser.add_argument
     add('--data', type=Path, required=True, metavar='DIR', help='data in COCO\'s layout')
-    add('--model', choices=MODELS, default='maskrcnn_cotnet_fpn', help='detector (default: %(default)s)')
+    add('--model', choices=DETECTORS, default='maskrcnn_cotnet_fpn', help='detector (default: %(default)s)')
     add('--backbone', default='cotnet50', help='a timm model, such as cotnet50 (the default)')
     add('--pretrained-backbone', action=argparse.BooleanOptionalAction, default=True,
         help='start from the backbone\'s pretrained weights (the default)')
-    add('--weights', help='start from a whole detector: a file model.safetensors, or published weights such as coco')
+    add('--weights', metavar='NAME',
+        help='start from a whole detector: coco (the official weights), hf-hub:NAME/REPOSITORY, or a folder')
     add('--norm', default='sync', choices=('sync', 'batch', 'frozen'), help='norms (default: %(default)s)')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
         help='further arguments of the detector, such as min_size=800 trainable_backbone_layers=5')
     add('--output', type=Path, default='cotnet-detection', metavar='DIR', help='for all files (default: %(default)s)')
-    add('--eval', action='store_true', help='do not train, evaluate --weights or what is in --output')
+    add('--eval', action='store_true', help='do not train, evaluate --weights, or what a run left in --output')
     add('--resume', action='store_true', help=f'go on from {STATE} in --output')
     add('--epochs', type=float,
         help='passes over the training images (default: the paper\'s 1x schedule, 90000 iterations of 16 images)')
@@ -86,7 +90,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add('--seed', type=int, default=0, help='seed of all that is random (default: %(default)s)')
     add('--log-interval', type=int, default=20, help='iterations between lines (default: %(default)s)')
     add('--save-interval', type=int, default=1000, help='iterations between states (default: %(default)s)')
-    args = parser.parse_args(argv)
+    args, _ = parser.parse_known_args(argv)
+    if args.eval and not args.weights:
+        args.weights = str(args.output)
+    if args.weights:  # a run of this command knows how its detector was made
+        parser.set_defaults(**_how_made(Path(args.weights, 'config.json')))
+    args = parser.parse_args(argv, argparse.Namespace(weights=args.weights))
     for name in ('epochs', 'batch_size', 'lr', 'limit', 'log_interval', 'save_interval'):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -94,6 +103,14 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     if args.batch_size % world_size():
         parser.error(f'--batch-size is {args.batch_size}, which {world_size()} processes cannot share equally')
     return args
+
+
+def _how_made(config: Path) -> Dict[str, Any]:
+    try:
+        made = json.loads(config.read_text()).get('made', {})
+    except (OSError, ValueError):
+        return {}
+    return {name: made[name] for name in HOW_MADE if name in made}
 
 
 def rank() -> int:
@@ -140,11 +157,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if train.categories != val.categories:
             raise DataError(f'{train.path} and {val.path} have different categories: {train.names}, {val.names}')
         check_output(args)
-    weights = weights_file(args)
-    model = create_model(args, val.num_classes, weights)
-    if weights is not None:
-        load_weights(weights, model)
-    model.to(device)
+    model = create_model(args, val.num_classes).to(device)
     if train is not None:
         fit(args, model, train, device)
 
@@ -169,32 +182,28 @@ def check_output(args: argparse.Namespace) -> None:
                             'take another folder')
 
 
-def weights_file(args: argparse.Namespace) -> Optional[Path]:
-    """The file with the weights of a whole detector to begin with, None if there is none."""
-    path = Path(args.weights) if args.weights else args.output / WEIGHTS
-    if path.suffix == '.safetensors' and (args.weights or args.eval):
-        return path
-    return None
-
-
-def create_model(args: argparse.Namespace, num_classes: int, weights: Optional[Path]) -> nn.Module:
+def create_model(args: argparse.Namespace, num_classes: int) -> FasterRCNN:
     """The detector that the arguments describe."""
-    kwargs = dict(min_size=MIN_SIZES, max_size=MAX_SIZE)
-    kwargs.update(args.model_kwargs)
     try:
-        return MODELS[args.model](
+        if args.eval:
+            known = find_weights(args.weights, args.model, args.backbone).config['num_classes']
+            if known != num_classes:
+                raise ValueError(f'{args.weights} has {known} classes with the background, the data {num_classes}')
+        return DETECTORS[args.model](
             args.backbone,
-            weights=None if weights else args.weights,
-            weights_backbone='DEFAULT' if args.pretrained_backbone and not args.weights and not args.eval else None,
+            weights=args.weights,
+            weights_backbone='DEFAULT' if args.pretrained_backbone else None,
             num_classes=num_classes,
             norm=args.norm,
-            **kwargs,
+            **args.model_kwargs,
         )
+    except WeightsError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise TrainingError(f'{args.model} on {args.backbone} cannot be made: {error}') from error
 
 
-def fit(args: argparse.Namespace, model: nn.Module, dataset: CocoDataset, device: torch.device) -> None:
+def fit(args: argparse.Namespace, model: FasterRCNN, dataset: CocoDataset, device: torch.device) -> None:
     """Trains a detector by the schedule, from the state in the output folder if the run is resumed."""
     schedule = Schedule.scaled(args.batch_size, len(dataset), args.epochs, args.lr)
     if args.channels_last:
@@ -203,9 +212,9 @@ def fit(args: argparse.Namespace, model: nn.Module, dataset: CocoDataset, device
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == 'float16')
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    names = ('model', 'backbone', 'norm', 'model_kwargs', 'batch_size', 'seed', 'amp', 'amp_dtype')
-    settings = {name: getattr(args, name) for name in names}
-    settings.update(schedule._asdict(), images=len(dataset), categories=dataset.names)
+    made = {name: getattr(args, name) for name in HOW_MADE}
+    settings = {name: getattr(args, name) for name in ('batch_size', 'seed', 'amp', 'amp_dtype', 'weights')}
+    settings.update(made, **schedule._asdict(), images=len(dataset), categories=dataset.names)
     start = load_state(args.output, settings, **parts) if args.resume else 0
 
     say(f'Training on {len(dataset)} images of {dataset.path}: {schedule.iterations} iterations of {args.batch_size} '
@@ -247,8 +256,10 @@ def fit(args: argparse.Namespace, model: nn.Module, dataset: CocoDataset, device
         if rank() == 0 and (iteration % args.save_interval == 0 or iteration == schedule.iterations):
             save_state(args.output, iteration, settings, **parts)
     if rank() == 0:
-        save_detector(args.output, model, dict(settings, num_classes=dataset.num_classes))
-        say(f'Written: {args.output / WEIGHTS}')
+        save_detector(args.output, model, dict(
+            detector=args.model, backbone=args.backbone, num_classes=dataset.num_classes, categories=dataset.names,
+            image_mean=model.transform.image_mean, image_std=model.transform.image_std, made=made))
+        say(f'Written: {args.output / WEIGHTS_NAME}')
 
 
 def to_device(images: List[torch.Tensor], targets: List[Dict[str, Any]], device: torch.device):
