@@ -18,7 +18,7 @@ from timm.models import filter_pretrained_cfg
 from .hub import DEFAULT_NAMESPACE
 from .published import CODE_URL, DETECTION_URL, PAPER_URL, PUBLISHED, Published
 
-__all__ = ['card_files', 'plain_card_files']
+__all__ = ['card_files', 'front_matter', 'plain_card_files']
 
 # (name, image size, parameters in millions, top-1, top-5), from results/results-imagenet.csv of timm's repository
 TIMM_RESULTS = [
@@ -79,7 +79,7 @@ import timm
 model = timm.create_model('local-dir:path/to/this/folder', pretrained=True)
 ```
 """
-    return {'README.md': _front_matter(metadata) + text, 'config.json': _config(model)}
+    return {'README.md': front_matter(metadata) + text, 'config.json': _config(model)}
 
 
 def _config(model: torch.nn.Module) -> str:
@@ -95,7 +95,12 @@ def _config(model: torch.nn.Module) -> str:
     return json.dumps(config, indent=2) + '\n'
 
 
-def _front_matter(metadata: Dict[str, Any]) -> str:
+def front_matter(metadata: Dict[str, Any]) -> str:
+    """The block of metadata that a card begins with.
+
+    Args:
+        metadata: What the Hub reads.
+    """
     return f'---\n{yaml.safe_dump(metadata, sort_keys=False, width=120)}---\n'
 
 
@@ -161,7 +166,7 @@ def _card(name: str, model: torch.nn.Module) -> str:
     size = cfg['input_size'][-1]
     template = Template(Path(__file__).with_name('card_template.md').read_text(encoding='utf-8'))
     text = template.substitute(
-        front_matter=_front_matter(_metadata(name, facts)),
+        front_matter=front_matter(_metadata(name, facts)),
         name=name,
         variant=variant,
         model=facts.name,
@@ -308,9 +313,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument(
         'folder', nargs='?', type=Path, default=Path('hub_cards'), help='folder to write to (default: %(default)s)')
     args = parser.parse_args(argv)
-    for name in PUBLISHED:
+    from .detection.cards import detector_card_files, published_config  # which imports this module
+    from .detection.published import PUBLISHED_DETECTORS
+
+    repositories = {name: card_files(name) for name in PUBLISHED}
+    repositories.update((name, detector_card_files(name, published_config(name))) for name in PUBLISHED_DETECTORS)
+    for name, files in repositories.items():
         (args.folder / name).mkdir(parents=True, exist_ok=True)
-        for file, text in card_files(name).items():
+        for file, text in files.items():
             (args.folder / name / file).write_bytes(text.encode())
         print(args.folder / name)
     return 0

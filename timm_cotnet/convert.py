@@ -27,7 +27,7 @@ from .misfit import first_few
 from .published import PUBLISHED
 from .verify import add_data_options, verify_all
 
-__all__ = ['Conversion', 'FolderRow', 'convert', 'convert_folder']
+__all__ = ['Conversion', 'FolderRow', 'convert', 'convert_folder', 'plain_tensor', 'write_folder']
 
 CHECKPOINT_SUFFIXES = ('.tar', '.pth', '.pt', '.pkl', '.bin')
 RECORD_NAME = 'conversions.json'
@@ -97,12 +97,20 @@ def _load(path: Path, model: Optional[str], use_ema: bool) -> Tuple[torch.nn.Mod
     name = f'{variant}.{tag}' if tag else variant
     network = meta_model(name if name in PUBLISHED else variant, num_classes)
     network.pretrained_cfg['tag'] = tag
-    network.load_state_dict({key: _plain(key, value) for key, value in state_dict.items()}, strict=True, assign=True)
+    network.load_state_dict({key: plain_tensor(key, value) for key, value in state_dict.items()}, strict=True, assign=True)
     return network, Conversion(name, found_by, taken, num_classes)
 
 
-def _plain(key: str, value: torch.Tensor) -> torch.Tensor:
-    """A finite tensor of its own in ordinary memory, in single precision if it is floating point."""
+def plain_tensor(key: str, value: torch.Tensor) -> torch.Tensor:
+    """A finite tensor of its own in ordinary memory, in single precision if it is floating point.
+
+    Args:
+        key: What it is called in an error.
+        value: Tensor of a checkpoint.
+
+    Raises:
+        CheckpointError: If it is no dense tensor of finite numbers.
+    """
     if value.is_meta or value.layout != torch.strided or value.is_quantized or not torch.isfinite(value).all():
         raise CheckpointError(f'{key} does not hold finite numbers in a dense tensor; the file is damaged or forged')
     dtype = torch.float32 if value.is_floating_point() else value.dtype
@@ -110,8 +118,24 @@ def _plain(key: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _write(network: torch.nn.Module, conversion: Conversion, output: Path) -> Conversion:
-    """Writes aside, then moves each file into place, the weights last: where they are, the rest is whole too."""
     files = card_files(conversion.name) if conversion.name in PUBLISHED else plain_card_files(network, conversion.taken)
+    return replace(conversion, digests=write_folder(files, network.state_dict(), output))
+
+
+def write_folder(files: Dict[str, str], weights: Dict[str, torch.Tensor], output: Path) -> Dict[str, str]:
+    """Writes aside, then moves each file into place, the weights last: where they are, the rest is whole too.
+
+    Args:
+        files: Texts by file name; `config.json` is one of them.
+        weights: Content of `model.safetensors`.
+        output: Folder to write to; made if it does not exist.
+
+    Returns:
+        sha256 of each file, by name.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
     output.mkdir(parents=True, exist_ok=True)
     for left_over in output.glob(f'{PARTIAL_PREFIX}*'):
         shutil.rmtree(left_over)
@@ -119,7 +143,7 @@ def _write(network: torch.nn.Module, conversion: Conversion, output: Path) -> Co
         for name, text in files.items():
             Path(partial, name).write_bytes(text.encode())
         try:
-            save_file(network.state_dict(), Path(partial, WEIGHTS_NAME), metadata={'format': 'pt'})
+            save_file(weights, Path(partial, WEIGHTS_NAME), metadata={'format': 'pt'})
         except SafetensorError as e:  # what it raises if the disk is full
             raise OSError(f'{output / WEIGHTS_NAME} could not be written: {e}') from e
         shutil.copymode(Path(partial, 'config.json'), Path(partial, WEIGHTS_NAME))
@@ -127,7 +151,7 @@ def _write(network: torch.nn.Module, conversion: Conversion, output: Path) -> Co
         (output / WEIGHTS_NAME).unlink(missing_ok=True)
         for name in digests:
             os.replace(Path(partial, name), output / name)
-    return replace(conversion, digests=digests)
+    return digests
 
 
 def _sync_and_digest(path: Path) -> str:

@@ -111,15 +111,21 @@ def _check_folder(folder: Path) -> str:
             raise PublishError(f'{folder} has no {name}; make it with python -m timm_cotnet.convert')
     try:
         config = json.loads((folder / 'config.json').read_text())
-        variant, tag, num_classes = config['architecture'], config['pretrained_cfg'].get('tag'), config['num_classes']
+        detector = 'detector' in config
+        if not detector:
+            variant, tag, classes = config['architecture'], config['pretrained_cfg'].get('tag'), config['num_classes']
     except (ValueError, KeyError) as e:
         raise PublishError(f'{folder}/config.json is damaged ({e!r}); convert the checkpoint again') from e
     try:
         with safe_open(folder / WEIGHTS_NAME, 'pt') as weights:
             shapes = {key: torch.empty(weights.get_slice(key).get_shape(), device='meta') for key in weights.keys()}
+        if detector:
+            from .detection.convert import check_detector  # only here, as torchvision's detectors are slow to import
+
+            return check_detector(shapes, config)
         if variant not in default_cfgs:
             raise CheckpointError(f'config.json names {variant}, which is no model of this package')
-        find_variant(shapes, num_classes, variant)
+        find_variant(shapes, classes, variant)
     except (SafetensorError, CheckpointError) as e:
         raise PublishError(f'{folder}/{WEIGHTS_NAME} is not published: {e}') from e
     return f'{variant}.{tag}' if tag else variant
