@@ -35,7 +35,8 @@ from .schedule import Schedule, create_optimizer
 from .state import STATE, StateError, load_state, save_detector, save_state
 from .weights import find_weights
 
-HOW_MADE = ('model', 'backbone', 'norm', 'model_kwargs')  # options on which the detector depends
+# options on which the result of a run depends, beside its schedule
+SETTINGS = ('model', 'backbone', 'norm', 'model_kwargs', 'weights', 'batch_size', 'seed', 'amp', 'amp_dtype')
 
 
 class TrainingError(RuntimeError):
@@ -93,7 +94,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     args, _ = parser.parse_known_args(argv)
     if args.eval and not args.weights:
         args.weights = str(args.output)
-    if args.weights:  # a run of this command knows how its detector was made
+    if args.weights:  # a folder knows what detector it holds
         parser.set_defaults(**_how_made(Path(args.weights, 'config.json')))
     args = parser.parse_args(argv, argparse.Namespace(weights=args.weights))
     for name in ('epochs', 'batch_size', 'lr', 'limit', 'log_interval', 'save_interval'):
@@ -106,11 +107,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 def _how_made(config: Path) -> Dict[str, Any]:
+    """The options that make the detector of a folder, as far as it tells them."""
     try:
-        made = json.loads(config.read_text()).get('made', {})
-    except (OSError, ValueError):
-        return {}
-    return {name: made[name] for name in HOW_MADE if name in made}
+        content = json.loads(config.read_text())
+        return {'model': content['detector'], 'backbone': content['backbone'], **content.get('made', {})}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # whoever loads the weights says what is wrong
 
 
 def rank() -> int:
@@ -212,9 +214,8 @@ def fit(args: argparse.Namespace, model: FasterRCNN, dataset: CocoDataset, devic
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == 'float16')
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    made = {name: getattr(args, name) for name in HOW_MADE}
-    settings = {name: getattr(args, name) for name in ('batch_size', 'seed', 'amp', 'amp_dtype', 'weights')}
-    settings.update(made, **schedule._asdict(), images=len(dataset), categories=dataset.names)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings.update(schedule._asdict(), images=len(dataset), categories=dataset.names)
     start = load_state(args.output, settings, **parts) if args.resume else 0
 
     say(f'Training on {len(dataset)} images of {dataset.path}: {schedule.iterations} iterations of {args.batch_size} '
@@ -258,7 +259,8 @@ def fit(args: argparse.Namespace, model: FasterRCNN, dataset: CocoDataset, devic
     if rank() == 0:
         save_detector(args.output, model, dict(
             detector=args.model, backbone=args.backbone, num_classes=dataset.num_classes, categories=dataset.names,
-            image_mean=model.transform.image_mean, image_std=model.transform.image_std, made=made))
+            image_mean=model.transform.image_mean, image_std=model.transform.image_std,
+            made=dict(norm=args.norm, model_kwargs=args.model_kwargs)))
         say(f'Written: {args.output / WEIGHTS_NAME}')
 
 
