@@ -140,6 +140,7 @@ class Detectron2:
         rows, labels = torch.where(scores > self.score_thresh)
         boxes, scores = boxes[rows, labels], scores[rows, labels]
         kept = batched_nms(boxes, scores, labels, 0.5)[:100]
+        kept = kept[(boxes[kept, 2:] > boxes[kept, :2]).all(1)]
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         return boxes, scores, labels, self.masks(levels, boxes, labels)
 

@@ -10,7 +10,8 @@ CLASSES = 80
 
 
 def _norm(name: str) -> dict:
-    return {f'{name}.norm.{part}': (256,) for part in ('weight', 'bias', 'running_mean', 'running_var')}
+    shapes = {f'{name}.norm.{part}': (256,) for part in ('weight', 'bias', 'running_mean', 'running_var')}
+    return shapes | {f'{name}.norm.num_batches_tracked': ()}
 
 
 def head_shapes(kind: str, channels: list[int], classes: int = CLASSES) -> dict:
@@ -25,8 +26,10 @@ def head_shapes(kind: str, channels: list[int], classes: int = CLASSES) -> dict:
     for stage, width in enumerate(channels, 2):
         shapes |= {f'backbone.fpn_lateral{stage}.weight': (256, width, 1, 1), **_norm(f'backbone.fpn_lateral{stage}')}
         shapes |= {f'backbone.fpn_output{stage}.weight': (256, 256, 3, 3), **_norm(f'backbone.fpn_output{stage}')}
-    for name, shape in (('conv', (256, 256, 3, 3)), ('objectness_logits', (3, 256, 1, 1)), ('anchor_deltas', (12, 256, 1, 1))):
-        shapes |= {f'proposal_generator.rpn_head.{name}.weight': shape, f'proposal_generator.rpn_head.{name}.bias': shape[:1]}
+    for name, shape in (
+            ('conv', (256, 256, 3, 3)), ('objectness_logits', (3, 256, 1, 1)), ('anchor_deltas', (12, 256, 1, 1))):
+        name = f'proposal_generator.rpn_head.{name}'
+        shapes |= {f'{name}.weight': shape, f'{name}.bias': shape[:1]}
     cascade = kind.startswith('cascade')
     for stage in ('0.', '1.', '2.') if cascade else ('',):
         head, predictor = f'roi_heads.box_head.{stage}', f'roi_heads.box_predictor.{stage}'
@@ -40,13 +43,14 @@ def head_shapes(kind: str, channels: list[int], classes: int = CLASSES) -> dict:
         for i in range(1, 5):
             name = f'roi_heads.mask_head.mask_fcn{i}'
             shapes |= {f'{name}.weight': (256, 256, 3, 3), **_norm(name)}
-        shapes |= {'roi_heads.mask_head.deconv.weight': (256, 256, 2, 2), 'roi_heads.mask_head.deconv.bias': (256,)}
-        shapes |= {'roi_heads.mask_head.predictor.weight': (classes, 256, 1, 1), 'roi_heads.mask_head.predictor.bias': (classes,)}
+        for name, shape, width in (('deconv', (256, 256, 2, 2), 256), ('predictor', (classes, 256, 1, 1), classes)):
+            shapes |= {f'roi_heads.mask_head.{name}.weight': shape, f'roi_heads.mask_head.{name}.bias': (width,)}
     return shapes
 
 
-def detector_state_dict(kind: str, backbone: str, classes: int = CLASSES, seed: int = 0, expand: bool = False) -> OrderedDict:
-    """Random weights with the names and shapes of an official detector's; variances are positive.
+def detector_state_dict(
+        kind: str, backbone: str, classes: int = CLASSES, seed: int = 0, expand: bool = False) -> OrderedDict:
+    """Random weights with the names and shapes of an official detector's, which keep images apart from each other.
 
     Args:
         kind: One of `KINDS`.
@@ -57,9 +61,11 @@ def detector_state_dict(kind: str, backbone: str, classes: int = CLASSES, seed: 
     """
     with torch.device('meta'):
         body = timm.create_model(backbone, num_classes=0)
-    hybrid = 'conv1.0.weight' in body.state_dict()
+    body_state = body.state_dict()
+    deep, pooled = 'conv1.0.weight' in body_state, 'layer1.0.downsample.0.weight' not in body_state
     shapes = {
-        detection_key(key, hybrid): value.shape for key, value in body.state_dict().items()
+        detection_key(key, pooled if key.startswith('layer') else deep): value.shape
+        for key, value in body_state.items()
         if not (key.endswith('num_batches_tracked') and not key.startswith(('layer2', 'layer3', 'layer4')))}
     shapes |= head_shapes(kind, [info['num_chs'] for info in body.feature_info[1:]], classes)
     if expand:
@@ -70,8 +76,10 @@ def detector_state_dict(kind: str, backbone: str, classes: int = CLASSES, seed: 
     for key, value in state.items():
         if key.endswith('running_var'):
             value.abs_().add_(0.5)
-        elif value.ndim > 1:
-            value.mul_(2 / value[0].numel() ** 0.5)
+        elif value.ndim > 1:  # what goes into a head comes out as large; in the backbone, shortcuts add up
+            value.mul_((2 if 'bottom_up' in key else 6) / value[0].numel() ** 0.5)
+        elif key.endswith('norm.weight') and 'bottom_up' not in key:
+            value.add_(1)
     return state
 
 
@@ -89,5 +97,6 @@ def detectron2_extras(bgr: bool = False) -> OrderedDict:
 
 def saved(state_dict: OrderedDict) -> dict:
     """What detectron2's checkpointer saves at the end of training."""
-    return {'model': state_dict, 'optimizer': {'state': {}, 'param_groups': []}, 'scheduler': {'last_epoch': 90000},
-            'iteration': 89999}
+    return {
+        'model': state_dict, 'optimizer': {'state': {}, 'param_groups': []}, 'scheduler': {'last_epoch': 90000},
+        'iteration': 89999}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from timm_cotnet import cards
 from timm_cotnet.cards import TIMM_RESULTS, card_files, main
+from timm_cotnet.detection.published import PUBLISHED_DETECTORS
 from timm_cotnet.hub import DEFAULT_NAMESPACE
 from timm_cotnet.published import PUBLISHED
 
@@ -30,7 +31,7 @@ def test_hub_cards_hold_what_the_command_writes(tmp_path):
     assert main([str(tmp_path)]) == 0
     expected = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     found = {path.relative_to(HUB_CARDS): path.read_bytes() for path in HUB_CARDS.rglob('*') if path.is_file()}
-    assert len(expected) == 3 * len(PUBLISHED) == 24
+    assert len(expected) == 3 * len(PUBLISHED) + 2 * len(PUBLISHED_DETECTORS) == 24 + 48
     assert found.keys() == expected.keys()
     changed = [str(path) for path in expected if found[path] != expected[path]]
     assert not changed, f'run python -m timm_cotnet.cards and commit {changed}'

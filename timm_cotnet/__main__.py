@@ -7,6 +7,7 @@ COMMANDS = {
     'demo': 'fine-tunes a small CoTNet on real images, in minutes',
     'explain': 'says which implementation works on each part of a model, and why',
     'convert': 'makes safetensors and config of an official checkpoint',
+    'detection.convert': 'makes safetensors and config of an official detector',
     'verify': 'compares the accuracy of converted weights with the published one',
     'publish': 'uploads converted weights to the Hub',
     'cards': 'writes the model cards of the Hub repositories',

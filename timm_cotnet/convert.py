@@ -97,7 +97,8 @@ def _load(path: Path, model: Optional[str], use_ema: bool) -> Tuple[torch.nn.Mod
     name = f'{variant}.{tag}' if tag else variant
     network = meta_model(name if name in PUBLISHED else variant, num_classes)
     network.pretrained_cfg['tag'] = tag
-    network.load_state_dict({key: plain_tensor(key, value) for key, value in state_dict.items()}, strict=True, assign=True)
+    weights = {key: plain_tensor(key, value) for key, value in state_dict.items()}
+    network.load_state_dict(weights, strict=True, assign=True)
     return network, Conversion(name, found_by, taken, num_classes)
 
 

@@ -4,6 +4,7 @@ from typing import Callable, Dict, List, Optional, Union
 import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
+from timm.models import FeatureInfo
 from torch import nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 
@@ -80,8 +81,7 @@ def cotnet_fpn_backbone(
     if not all(1 <= layer <= 4 for layer in returned_layers):
         raise ValueError(f'returned_layers is {returned_layers}; each may be 1 to 4')
 
-    with torch.device('meta'):
-        info = timm.create_model(backbone, features_only=True).feature_info
+    info = _feature_info(backbone)
     indices = {reduction: index for index, reduction in enumerate(info.reduction())}
     if not indices.keys() >= set(STRIDES):
         raise ValueError(f'{backbone} has features at strides {sorted(indices)}; a pyramid needs those at 4, 8, 16, 32')
@@ -97,6 +97,14 @@ def cotnet_fpn_backbone(
     fpn = FeaturePyramidNetwork(
         body.feature_info.channels(), OUT_CHANNELS, extra_blocks or LastLevelMaxPool(), norm_layer=NORMS[fpn_norm])
     return BackboneWithFPN(body, fpn, OUT_CHANNELS)
+
+
+def _feature_info(backbone: str) -> FeatureInfo:
+    try:
+        with torch.device('meta'):
+            return timm.create_model(backbone, features_only=True).feature_info
+    except RuntimeError:  # constructors of models of timm 1.0.15 compute with tensors
+        return timm.create_model(backbone, features_only=True).feature_info
 
 
 def _freeze(body: nn.Module, ends: List[str], count: int) -> None:

@@ -1,4 +1,4 @@
-"""Cards and configs of the detectors' Hub repositories. `card_template.md` is the text, whose `$names` are filled in."""
+"""Cards and configs of the detectors' Hub repositories. `card_template.md` is their text, with `$names` to fill in."""
 import json
 from pathlib import Path
 from string import Template
@@ -15,8 +15,8 @@ __all__ = ['detector_card_files', 'published_config']
 
 _UPLOADED = 'The `model.safetensors` of this repository has the sha256 `{}`.\nTo make it yourself, download the {} from'
 _NOT_UPLOADED = (
-    f"**The weights are not on the Hub yet** in the account `{DEFAULT_NAMESPACE}`, where `weights='coco'` looks for them.\n"
-    'Until they are, download the {} from')
+    f"**The weights are not on the Hub yet** in the account `{DEFAULT_NAMESPACE}`, where `weights='coco'` looks for "
+    'them.\nUntil they are, download the {} from')
 
 
 def published_config(name: str) -> Dict[str, Any]:
@@ -99,7 +99,8 @@ def _results(name: str) -> str:
     for other, facts in PUBLISHED_DETECTORS.items():
         if facts.kind == this.kind or facts.backbone == this.backbone:
             shown = f'**{other}**' if other == name else other
-            rows.append(f'| {shown} | {facts.box_ap:.2f} | {"-" if facts.mask_ap is None else f"{facts.mask_ap:.2f}"} |')
+            mask_ap = '-' if facts.mask_ap is None else f'{facts.mask_ap:.2f}'
+            rows.append(f'| {shown} | {facts.box_ap:.2f} | {mask_ap} |')
     return '\n'.join(rows)
 
 
@@ -111,8 +112,9 @@ def _plain_card(name: str, config: Dict[str, Any]) -> str:
 # {name}
 
 {KINDS[config['detector']]} on {config['backbone']}, a backbone of [Contextual Transformer Networks for Visual
-Recognition]({PAPER_URL}), converted by `timm-cotnet` from a detectron2 checkpoint. It has {config['num_classes']} classes, the
-background included. No accuracy is stated, as none was published for these weights.
+Recognition]({PAPER_URL}), converted by `timm-cotnet` from a detectron2 checkpoint. It has
+{config['num_classes']} classes, the background included. No accuracy is stated, as none was published for these
+weights.
 
 ```python
 from timm_cotnet.detection import {config['detector']}

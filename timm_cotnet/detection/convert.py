@@ -33,11 +33,11 @@ NEVER = -1e3  # logit of a number that no class of COCO has: after the softmax i
 
 #: (what differs, how much it can matter): what converted weights meet here in another form than in detectron2.
 DIFFERENCES = [
-    ('Resizing of images', 'detectron2 resizes 8-bit images by Pillow, torchvision floating-point ones by interpolate: '
+    ('Resizing of images', 'detectron2 resizes 8-bit images by Pillow, torchvision tensors by bilinear interpolation: '
      'half a gray level where images are enlarged, as all of COCO are; where they are made smaller, Pillow smooths and '
      'torchvision does not. Sizes are rounded there and cut off here: up to a pixel of 800'),
-    ('Pasting of masks', 'torchvision rounds a box to whole pixels before it pastes the mask, detectron2 does not: up to '
-     'a pixel along the outline'),
+    ('Pasting of masks', 'torchvision rounds a box to whole pixels before it pastes the mask, detectron2 does not: up '
+     'to a pixel along the outline'),
     ('Small boxes', 'torchvision leaves out detections thinner than 0.01 pixels, detectron2 those of no width'),
     ('Padding', 'none, for one image at a time. In a batch, small images are padded to the largest, in both libraries; '
      'a CoT layer pools over the padding too, so that results change with the batch. The authors evaluated one by one'),
@@ -45,8 +45,8 @@ DIFFERENCES = [
 ]
 #: What is the same, as the detectors here are made to agree with detectron2 in it.
 AGREEING = (
-    'anchors (not rounded, strides of powers of two), pooling (`aligned`, as many samples as pixels), box coder and its '
-    'limit, order of anchors, non-maximum suppression, scores of a cascade, channels (RGB)')
+    'anchors (not rounded, strides of powers of two), pooling (`aligned`, as many samples as pixels), box coder and '
+    'its limit, order of anchors, non-maximum suppression, scores of a cascade, channels (RGB)')
 
 RENAMING = [  # the first that fits, counts
     (r'backbone\.fpn_(lateral|output)([2-5])\.(norm\.)?(\w+)',
@@ -128,7 +128,7 @@ def rename_detector(
     rest = {key: value for key, value in state_dict.items() if not key.startswith(DETECTION_PREFIX)}
     mean, std, bgr = _pixel_statistics(rest)
     _check_anchors(rest)
-    renamed = {_renamed(key): value for key, value in rest.items()}
+    renamed = {_renamed(key): value for key, value in rest.items() if not key.endswith('num_batches_tracked')}
     if bgr:
         first = 'conv1.weight' if 'conv1.weight' in body else 'conv1.0.weight'
         body[first] = body[first].flip(1)
@@ -210,8 +210,8 @@ def _reordered(key: str, value: torch.Tensor, ids: List[int]) -> torch.Tensor:
         rows[ids] = value[:-1]
         rows[0] = value[-1]
         return rows
-    per_class = value.shape[0] // len(ids)
-    if '.mask_fcn_logits.' in key or '.bbox_pred.' in key and 'roi_heads.' in key and value.shape[0] != 4:
+    if '.mask_fcn_logits.' in key or 'box_predictor.bbox_pred.' in key and len(value) != 4:
+        per_class = len(value) // len(ids)
         rows = value.new_zeros(num_classes, per_class, *value.shape[1:])
         rows[ids] = value.view(len(ids), per_class, *value.shape[1:])
         return rows.flatten(0, 1)
@@ -251,16 +251,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         prog='python -m timm_cotnet.detection.convert', description=__doc__.split('\n')[0])
     parser.add_argument('checkpoint', nargs='+', type=Path, help='official checkpoints of detectors')
     parser.add_argument(
-        '--output', type=Path, required=True, help='folder to write to; for several checkpoints, one inside it for each')
+        '--output', type=Path, required=True, help='folder to write to; of several checkpoints, each to one inside it')
     args = parser.parse_args(argv)
-    failed = False
+    converted = 0
     for path in args.checkpoint:
         try:
             conversion = convert_detector(path, args.output, inside=len(args.checkpoint) > 1)
         except (CheckpointError, OSError) as e:
-            failed = True
             print(f'error: {path}: {e}', file=sys.stderr)
             continue
+        converted += 1
         folder = args.output / conversion.name if len(args.checkpoint) > 1 else args.output
         print(f'model   {conversion.name}, found by keys and shapes')
         print(f'taken   {conversion.taken}')
@@ -268,11 +268,11 @@ def main(argv: Optional[List[str]] = None) -> int:
             print(f'sha256  {digest}  {folder / name} ({(folder / name).stat().st_size} bytes)')
         config = conversion.config
         print(f"use     timm_cotnet.detection.{config['detector']}({config['backbone']!r}, weights={str(folder)!r})")
-    if not failed:
+    if converted:
         print(f'\nAs in detectron2: {AGREEING}.\nDifferent from detectron2, and how much it can matter:')
         for what, how_much in DIFFERENCES:
             print(f'- {what}: {how_much}.')
-    return int(failed)
+    return int(converted < len(args.checkpoint))
 
 
 if __name__ == '__main__':

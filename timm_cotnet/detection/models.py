@@ -53,14 +53,14 @@ def fasterrcnn_cotnet_fpn(
         backbone: Name of a model as `timm.create_model` takes it.
         weights: Weights of the whole detector: 'coco' for the official ones, 'hf-hub:NAME/REPOSITORY', or a folder that
             `timm_cotnet.detection.convert` wrote. With another number of classes the predictors start at random.
-        weights_backbone: Weights of the backbone where `weights` is None: 'DEFAULT', or a tag of the model in timm; None
-            starts at random.
+        weights_backbone: Weights of the backbone where `weights` is None: 'DEFAULT', or a tag of the model in timm.
+            None starts at random.
         num_classes: Number of classes, the background included, which is 0. 91 with COCO's own numbers.
         trainable_backbone_layers: How many of stages 4, 3, 2, 1 and stem are trained, counted from the last; by default
             3 where there are weights, else all. Of the others, norms are frozen too.
-        norm: Batch norms of what is trained, heads and pyramid included: 'sync', 'batch', or 'frozen'. Heads and pyramid
-            without weights have nothing to freeze: with 'frozen' they have no norms. TorchScript needs 'batch' or
-            'frozen'.
+        norm: Batch norms of what is trained, heads and pyramid included: 'sync', 'batch', or 'frozen'. Heads and
+            pyramid without weights have nothing to freeze: with 'frozen' they have no norms. TorchScript needs 'batch'
+            or 'frozen'.
         kwargs: Arguments of torchvision's detector, such as `min_size`, `box_score_thresh` or `rpn_nms_thresh`.
 
     Raises:

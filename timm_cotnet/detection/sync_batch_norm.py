@@ -50,14 +50,14 @@ class _SyncBatchNorm(torch.autograd.Function):
             group: Any,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         dims = [i for i in range(x.ndim) if i != 1]
-        local = torch.zeros(3, x.shape[1])  # a process may have no values: a detector without a region for its mask head
+        local = torch.zeros(3, x.shape[1])  # a process may have no values: its images have no region for a mask head
         if x.numel():
             local[0] = x.numel() // x.shape[1]
             local[2], local[1] = torch.var_mean(x.float(), dims, correction=0)
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, local, group=group)
         counts, means, variances = torch.stack(parts, 1)  # (processes, channels) each
-        count = counts.sum(0)
+        count = counts[:, 0].sum()
         mean = (counts * means).sum(0) / count.clamp(min=1)
         var = (counts * (variances + (means - mean) ** 2)).sum(0) / count.clamp(min=1)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), count)

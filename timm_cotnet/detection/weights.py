@@ -58,7 +58,7 @@ def find_weights(weights: Union[str, Path], kind: str, backbone: str) -> Detecto
         found = _read(text, Path(weights, 'config.json'), Path(weights, WEIGHTS_NAME))
     else:
         raise ValueError(
-            f"weights is {text!r}; it may be 'coco', 'hf-hub:NAME/REPOSITORY', or a folder, and there is no such folder")
+            f"weights is {text!r}; it may be 'coco', 'hf-hub:NAME/REPOSITORY', or a folder; this is no folder")
     said = (found.config['detector'], found.config['backbone'])
     if said != (kind, backbone):
         raise WeightsError(f'{found.name} holds weights of {said[0]}({said[1]!r}), not of {kind}({backbone!r}).')
