@@ -66,7 +66,7 @@ def test_run_and_evaluation_of_what_it_wrote(shapes, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {
         'config.json', 'model.safetensors', 'predictions.png', 'state.pth'}
     with Image.open(tmp_path / 'predictions.png') as file:
-        assert file.width > 1000
+        assert file.width > 700  # two images
     trained = load_file(tmp_path / 'model.safetensors')
     assert all(value.isfinite().all() for value in trained.values())
 
@@ -74,7 +74,7 @@ def test_run_and_evaluation_of_what_it_wrote(shapes, tmp_path, capsys):
     again = capsys.readouterr().out
     assert not losses(again) and json.loads(again.splitlines()[-1]) == metrics
     model = maskrcnn_cotnet_fpn('test_cotnet', weights=tmp_path, num_classes=4)  # as a user loads it
-    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items() if 'num_batch' not in key)
     with pytest.raises(SystemExit, match=r'which holds state\.pth of a run: go on with it by --resume'):
         main(arguments(shapes, tmp_path, '--epochs', '1'))
     with pytest.raises(SystemExit, match="another run: .*model was 'maskrcnn_cotnet_fpn' and is 'fasterrcnn"):

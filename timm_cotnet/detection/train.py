@@ -39,6 +39,13 @@ from .weights import find_weights
 SETTINGS = ('model', 'backbone', 'norm', 'model_kwargs', 'weights', 'batch_size', 'seed', 'amp', 'amp_dtype')
 
 
+class DataParallel(DistributedDataParallel):
+    """PyTorch's, which refuses synchronized norms on the CPU; those of the detectors work there."""
+
+    def _passing_sync_batchnorm_handle(self, module):
+        pass
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message says why."""
 
@@ -159,6 +166,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if train.categories != val.categories:
             raise DataError(f'{train.path} and {val.path} have different categories: {train.names}, {val.names}')
         check_output(args)
+    torch.manual_seed(args.seed)
     model = create_model(args, val.num_classes).to(device)
     if train is not None:
         fit(args, model, train, device)
@@ -224,7 +232,7 @@ def fit(args: argparse.Namespace, model: FasterRCNN, dataset: CocoDataset, devic
         say(f'Resumed after iteration {start}')
     network = model
     if world_size() > 1:
-        network = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+        network = DataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     network.train()
     sampler = TrainingSampler(
         dataset, args.batch_size, schedule.iterations, start, args.seed, rank(), world_size())
