@@ -44,7 +44,8 @@ def test_folder_gives_weights_and_pixel_statistics(folder):
     assert (model.transform.image_mean, model.transform.image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert not any(parameter.requires_grad for parameter in model.backbone.body.layer1.parameters())
 
-    frozen = fasterrcnn_cotnet_fpn('test_cotnet', weights=str(folder), num_classes=4, norm='frozen', image_mean=[0.] * 3)
+    frozen = fasterrcnn_cotnet_fpn(
+        'test_cotnet', weights=str(folder), num_classes=4, norm='frozen', image_mean=[0.] * 3)
     norms = {type(module) for module in frozen.modules() if 'BatchNorm' in type(module).__name__}
     assert norms == {FrozenBatchNorm2d} and frozen.transform.image_mean == [0.] * 3
     key = 'roi_heads.box_head.0.1.running_mean'

@@ -1,5 +1,5 @@
 """Any timm model as a detector's backbone: its four stages, and a feature pyramid on them."""
-from typing import Callable, Dict, List, Optional, Union
+from typing import Callable, Dict, List, Optional
 
 import timm
 import torch
@@ -48,10 +48,9 @@ class BackboneWithFPN(nn.Module):
 def cotnet_fpn_backbone(
         backbone: str = 'cotnet50',
         *,
-        pretrained: Union[bool, str] = False,
+        pretrained: bool = False,
         trainable_layers: int = 3,
         norm: str = 'sync',
-        fpn_norm: Optional[str] = None,
         returned_layers: Optional[List[int]] = None,
         extra_blocks: Optional[ExtraFPNBlock] = None,
 ) -> BackboneWithFPN:
@@ -62,19 +61,16 @@ def cotnet_fpn_backbone(
         pretrained: Whether to load its weights.
         trainable_layers: How many of stages 4, 3, 2, 1 and stem are trained, counted from the last. Parameters and
             norms of the others are frozen.
-        norm: Batch norms of what is trained: 'sync', 'batch', or 'frozen'.
-        fpn_norm: The same of the pyramid, by default that of the backbone. With 'frozen', its convolutions have biases
-            instead of norms.
+        norm: Batch norms of what is trained, the pyramid included: 'sync', 'batch', or 'frozen'. With 'frozen', the
+            pyramid has biases instead of norms.
         returned_layers: Stages that the pyramid is built on, by default [1, 2, 3, 4].
         extra_blocks: What adds levels to the pyramid, by default a max-pool of the coarsest.
 
     Raises:
         ValueError: If an argument is none of these, or the model has no such stages.
     """
-    fpn_norm = fpn_norm or norm
-    for name in (norm, fpn_norm):
-        if name not in NORMS:
-            raise ValueError(f'norm is {name!r}; it may be {", ".join(map(repr, NORMS))}')
+    if norm not in NORMS:
+        raise ValueError(f'norm is {norm!r}; it may be {", ".join(map(repr, NORMS))}')
     if not 0 <= trainable_layers <= 5:
         raise ValueError(f'trainable_layers is {trainable_layers}; it may be 0 to 5')
     returned_layers = returned_layers or [1, 2, 3, 4]
@@ -95,7 +91,7 @@ def cotnet_fpn_backbone(
         body = freeze_batch_norm_2d(body)
 
     fpn = FeaturePyramidNetwork(
-        body.feature_info.channels(), OUT_CHANNELS, extra_blocks or LastLevelMaxPool(), norm_layer=NORMS[fpn_norm])
+        body.feature_info.channels(), OUT_CHANNELS, extra_blocks or LastLevelMaxPool(), norm_layer=NORMS[norm])
     return BackboneWithFPN(body, fpn, OUT_CHANNELS)
 
 

@@ -34,8 +34,10 @@ NEVER = -1e3  # logit of a number that no class of COCO has: after the softmax i
 #: (what differs, how much it can matter): what converted weights meet here in another form than in detectron2.
 DIFFERENCES = [
     ('Resizing of images', 'detectron2 resizes 8-bit images by Pillow, torchvision tensors by bilinear interpolation: '
-     'half a gray level where images are enlarged, as all of COCO are; where they are made smaller, Pillow smooths and '
-     'torchvision does not. Sizes are rounded there and cut off here: up to a pixel of 800'),
+     'less than a gray level of 256 where images are enlarged, as all of COCO are; where they are made smaller, Pillow '
+     'smooths and torchvision does not. Sizes are rounded there and cut off here: up to a pixel of 800'),
+    ('Order of proposals', 'torchvision sorts them by their probability, detectron2 by its logit: only where '
+     'probabilities are equal in single precision, as above a logit of 17, may another one be suppressed'),
     ('Pasting of masks', 'torchvision rounds a box to whole pixels before it pastes the mask, detectron2 does not: up '
      'to a pixel along the outline'),
     ('Small boxes', 'torchvision leaves out detections thinner than 0.01 pixels, detectron2 those of no width'),

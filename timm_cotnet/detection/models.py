@@ -149,7 +149,7 @@ def _create(
     model = _build(
         name, backbone, weights_backbone, num_classes, trainable, 'batch' if freeze_all else norm, dict(kwargs))
     if found is not None:
-        load_weights(model, found)
+        load_weights(model, found, num_classes)
     return freeze_batch_norm_2d(model) if freeze_all else model
 
 

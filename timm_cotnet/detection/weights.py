@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, Optional, Union
 
 from huggingface_hub import constants
 from safetensors import SafetensorError
@@ -65,7 +65,7 @@ def find_weights(weights: Union[str, Path], kind: str, backbone: str) -> Detecto
     return found
 
 
-def _fetch(repo: str, sha256: str = None) -> DetectorWeights:
+def _fetch(repo: str, sha256: Optional[str] = None) -> DetectorWeights:
     repo_id, _, revision = repo.partition('@')
     try:
         config = fetch(repo_id, 'config.json', revision or None)
@@ -97,7 +97,7 @@ def _read(name: str, config_path: Path, path: Path) -> DetectorWeights:
     return DetectorWeights(name, path, config)
 
 
-def load_weights(model: nn.Module, weights: DetectorWeights) -> None:
+def load_weights(model: nn.Module, weights: DetectorWeights, num_classes: int) -> None:
     """Loads weights into a detector.
 
     Where the model has another number of classes than the weights, what depends on it stays as it is.
@@ -105,6 +105,7 @@ def load_weights(model: nn.Module, weights: DetectorWeights) -> None:
     Args:
         model: The detector that the weights were found for.
         weights: What `find_weights` returned.
+        num_classes: Number of classes of the model, the background included.
 
     Raises:
         WeightsError: If keys or shapes differ elsewhere, or the file is damaged.
@@ -114,7 +115,7 @@ def load_weights(model: nn.Module, weights: DetectorWeights) -> None:
     except SafetensorError as error:
         raise WeightsError(f'{weights.path} is not a readable safetensors file ({error}).') from error
     expected = model.state_dict()
-    if model_classes(model) != weights.config['num_classes']:
+    if num_classes != weights.config['num_classes']:
         for key in [key for key in state_dict if '_predictor.' in key]:
             if key in expected and expected[key].shape != state_dict[key].shape:
                 state_dict[key] = expected[key]
@@ -125,10 +126,3 @@ def load_weights(model: nn.Module, weights: DetectorWeights) -> None:
         listed = '; '.join(f'{len(keys)} tensors are {what} ({first_few(keys)})' for what, keys in misfit.items())
         raise WeightsError(f'The weights of {weights.name} do not fit the detector: {listed}.')
     model.load_state_dict({**state_dict, **counters})
-
-
-def model_classes(model: nn.Module) -> int:
-    """Number of classes of a detector, the background included."""
-    heads = model.roi_heads
-    predictor = heads.stages[0].box_predictor if hasattr(heads, 'stages') else heads.box_predictor
-    return predictor.cls_score.out_features
