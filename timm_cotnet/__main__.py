@@ -8,16 +8,16 @@ COMMANDS = {
     'explain': 'says which implementation works on each part of a model, and why',
     'convert': 'makes safetensors and config of an official checkpoint',
     'detection.convert': 'makes safetensors and config of an official detector',
+    'detection.train': 'trains and evaluates detectors on data in COCO\'s layout',
+    'detection.shapes': 'draws a small data set for detectors',
     'verify': 'compares the accuracy of converted weights with the published one',
     'publish': 'uploads converted weights to the Hub',
     'cards': 'writes the model cards of the Hub repositories',
-    'detection.train': 'trains and evaluates detectors on data in COCO\'s layout',
-    'detection.shapes': 'draws a small data set for detectors',
 }
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    lines = [f'  python -m timm_cotnet.{name:16} {what}' for name, what in COMMANDS.items()]
+    lines = [f'  python -m timm_cotnet.{name:18} {what}' for name, what in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog='python -m timm_cotnet', usage='python -m timm_cotnet.COMMAND [options]',
         description='Contextual Transformer networks for timm. Lists the commands, each of which has a --help.',
