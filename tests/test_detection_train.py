@@ -121,8 +121,8 @@ def test_two_processes_share_the_work(shapes, tmp_path):
     (['--device', 'no_such_device'], '--device is no_such_device, which cannot be used: '),
     (['--backbone', 'no_such_backbone'], 'maskrcnn_cotnet_fpn on no_such_backbone cannot be made: '),
     (['--resume'], r'state\.pth does not exist, so there is no run to resume'),
-    (['--eval'], "weights is '.*output'; it may be .* there is no such folder"),
-    (['--weights', 'none'], "weights is 'none'; it may be .* there is no such folder"),
+    (['--eval'], "weights is '.*output'; it may be .* no folder"),
+    (['--weights', 'none'], "weights is 'none'; it may be .* no folder"),
 ])
 def test_refuses_before_it_writes(shapes, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
