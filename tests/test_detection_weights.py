@@ -23,6 +23,7 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = fasterrcnn_cotnet_fpn('test_cotnet', weights_backbone=None, num_classes=4, norm='batch')
     save_file(model.state_dict(), folder / 'model.safetensors')
+    (folder / 'README.md').write_text('# A detector')
     (folder / 'config.json').write_text(json.dumps({
         'detector': 'fasterrcnn_cotnet_fpn', 'backbone': 'test_cotnet', 'num_classes': 4,
         'image_mean': [0.1, 0.2, 0.3], 'image_std': [0.4, 0.5, 0.6]}))
@@ -107,26 +108,27 @@ def test_coco_is_a_repository_of_the_hub(monkeypatch):
 
 
 @pytest.mark.slow
-def test_hub_gives_verified_weights(folder, server, client, tmp_path):
+def test_published_weights_come_back_verified(folder, server, client):
     """A byte that changed on the way is noticed, and the file fetched once more."""
     from hub_client import digest_of
-    from hub_server import flip
+    from hub_server import TOKEN, flip
 
     weights_file = folder / 'model.safetensors'
-    server.commit('faults/detector', {
-        'config.json': (folder / 'config.json').read_bytes(), 'model.safetensors': weights_file.read_bytes()})
-    server.fault('GET', 'faults/detector/resolve/.*/model.safetensors', 1, body=flip)
+    publish = 'from timm_cotnet.publish import publish\nresult = publish(folder, "me", token=token).repo_id'
+    repo_id = client.run(publish, folder=str(folder), token=TOKEN)
+    assert repo_id == 'me/fasterrcnn_test_cotnet_fpn'
+    server.fault('GET', f'{repo_id}/resolve/.*/model.safetensors', 1, body=flip)
     code = '''
 import hashlib
 from timm_cotnet.detection import fasterrcnn_cotnet_fpn
 model = fasterrcnn_cotnet_fpn(
-    'test_cotnet', weights='hf-hub:faults/detector', num_classes=4, norm='batch', trainable_backbone_layers=5)
+    'test_cotnet', weights=f'hf-hub:{repo_id}', num_classes=4, norm='batch', trainable_backbone_layers=5)
 digest = hashlib.sha256()
 for name, value in sorted(model.state_dict().items()):
     digest.update(name.encode() + value.numpy().tobytes())
 result = digest.hexdigest()
 '''
-    assert client.run(code) == digest_of(load_file(weights_file))
+    assert client.run(code, repo_id=repo_id) == digest_of(load_file(weights_file))
 
 
 def test_published_detectors_are_those_of_the_backbones_table():

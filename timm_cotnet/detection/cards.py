@@ -4,12 +4,10 @@ from pathlib import Path
 from string import Template
 from typing import Any, Dict
 
-from torchvision.models._meta import _COCO_CATEGORIES
-
 from ..cards import front_matter
 from ..hub import DEFAULT_NAMESPACE
 from ..published import DETECTION_URL, PAPER_URL, PUBLISHED
-from .published import CHECKPOINTS_URL, KINDS, PUBLISHED_DETECTORS, PublishedDetector
+from .published import CHECKPOINTS_URL, COCO_CATEGORIES, KINDS, PUBLISHED_DETECTORS, PublishedDetector
 
 __all__ = ['detector_card_files', 'published_config']
 
@@ -27,9 +25,9 @@ def published_config(name: str) -> Dict[str, Any]:
     """
     facts = PUBLISHED_DETECTORS[name]
     return {
-        'detector': facts.kind, 'backbone': facts.backbone, 'num_classes': len(_COCO_CATEGORIES),
+        'detector': facts.kind, 'backbone': facts.backbone, 'num_classes': len(COCO_CATEGORIES),
         'image_mean': [0.485, 0.456, 0.406], 'image_std': [0.229, 0.224, 0.225],
-        'categories': list(_COCO_CATEGORIES),
+        'categories': list(COCO_CATEGORIES),
     }
 
 

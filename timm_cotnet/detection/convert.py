@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from torchvision.models._meta import _COCO_CATEGORIES
 
 from ..checkpoint import DETECTION_PREFIX, CheckpointError, find_state_dict, find_variant, read_checkpoint
 from ..checkpoint import rename_detection
@@ -21,13 +20,13 @@ from ..misfit import differences, first_few
 from .cards import detector_card_files
 from .heads import AnchorGenerator
 from .models import ANCHOR_SIZES, ASPECT_RATIOS, DETECTORS
-from .published import PUBLISHED_DETECTORS, TAG, detector_name
+from .published import COCO_CATEGORIES, PUBLISHED_DETECTORS, TAG, detector_name
 from .weights import CONFIG_KEYS
 
 __all__ = ['DIFFERENCES', 'DetectorConversion', 'check_detector', 'convert_detector', 'rename_detector']
 
 #: COCO's own numbers of its 80 classes, in the order in which detectron2 counts them.
-COCO_IDS = [i for i, name in enumerate(_COCO_CATEGORIES) if name not in ('__background__', 'N/A')]
+COCO_IDS = [i for i, name in enumerate(COCO_CATEGORIES) if name not in ('__background__', 'N/A')]
 RGB_MEAN, RGB_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 NEVER = -1e3  # logit of a number that no class of COCO has: after the softmax it is zero, in half precision too
 
@@ -147,7 +146,7 @@ def rename_detector(
     weights.update((key, _reordered(key, value, ids)) for key, value in renamed.items())
     config = {
         'detector': kind, 'backbone': backbone, 'num_classes': num_classes, 'image_mean': mean, 'image_std': std,
-        'categories': list(_COCO_CATEGORIES) if ids is COCO_IDS else None,
+        'categories': list(COCO_CATEGORIES) if ids is COCO_IDS else None,
     }
     return weights, config, [
         f'background from last to first of {count + 1} classes' + (
@@ -269,7 +268,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         for name, digest in conversion.digests.items():
             print(f'sha256  {digest}  {folder / name} ({(folder / name).stat().st_size} bytes)')
         config = conversion.config
-        print(f"use     timm_cotnet.detection.{config['detector']}({config['backbone']!r}, weights={str(folder)!r})")
+        arguments = f"{config['backbone']!r}, weights={str(folder)!r}, num_classes={config['num_classes']}"
+        print(f"use     timm_cotnet.detection.{config['detector']}({arguments})")
     if converted:
         print(f'\nAs in detectron2: {AGREEING}.\nDifferent from detectron2, and how much it can matter:')
         for what, how_much in DIFFERENCES:

@@ -6,12 +6,16 @@ https://github.com/JDAI-CV/CoTNet-ObjectDetection-InstanceSegmentation.
 from dataclasses import dataclass
 from typing import Dict, Optional
 
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
 from ..published import PUBLISHED, Published
 
-__all__ = ['CHECKPOINTS_URL', 'PUBLISHED_DETECTORS', 'PublishedDetector', 'detector_name']
+__all__ = ['CHECKPOINTS_URL', 'COCO_CATEGORIES', 'PUBLISHED_DETECTORS', 'PublishedDetector', 'detector_name']
 
 CHECKPOINTS_URL = 'https://drive.google.com/drive/folders/1TQNwMatwmfKgjbIgFdfbIH-4vkfZ07Ag'
 TAG = 'jd_coco'
+#: Names of the classes by COCO's own numbers; some numbers have none ('N/A').
+COCO_CATEGORIES = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta['categories']
 KINDS = {  # what a kind of detector is called
     'fasterrcnn_cotnet_fpn': 'Faster R-CNN',
     'cascade_rcnn_cotnet_fpn': 'Cascade R-CNN',

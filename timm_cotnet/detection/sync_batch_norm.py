@@ -50,10 +50,11 @@ class _SyncBatchNorm(torch.autograd.Function):
             group: Any,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         dims = [i for i in range(x.ndim) if i != 1]
-        local = torch.zeros(3, x.shape[1])  # a process may have no values: its images have no region for a mask head
-        if x.numel():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        local = torch.zeros(3, x.shape[1], dtype=dtype)
+        if x.numel():  # a process may have no values: its images have no region for a mask head
             local[0] = x.numel() // x.shape[1]
-            local[2], local[1] = torch.var_mean(x.float(), dims, correction=0)
+            local[2], local[1] = torch.var_mean(x.to(dtype), dims, correction=0)
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, local, group=group)
         counts, means, variances = torch.stack(parts, 1)  # (processes, channels) each
@@ -71,16 +72,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         x, weight, mean, scale, count = ctx.saved_tensors
         shape = [1, -1] + [1] * (x.ndim - 2)
         dims = [i for i in range(x.ndim) if i != 1]
-        normalized = (x - mean.view(shape)) * scale.view(shape)
-        grad_bias, grad_weight = grad.sum(dims).float(), (grad * normalized).sum(dims).float()
-        sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums, group=ctx.group)
-        mean_grad, mean_projection = (sums / count.clamp(min=1)).view(2, *shape)
+        grad, normalized = grad.to(mean.dtype), (x - mean.view(shape)) * scale.view(shape)
+        local = torch.stack([grad.sum(dims), (grad * normalized).sum(dims)])
+        total = local.clone()
+        dist.all_reduce(total, group=ctx.group)
+        mean_grad, mean_projection = (total / count.clamp(min=1)).view(2, *shape)
+        scale = scale if weight is None else scale * weight
+        grad_x = ((grad - mean_grad - normalized * mean_projection) * scale.view(shape)).to(x.dtype)
         if weight is None:
-            grad_x = (grad - mean_grad - normalized * mean_projection) * scale.view(shape)
-            return grad_x.to(x.dtype), None, None, None, None
-        grad_x = (grad - mean_grad - normalized * mean_projection) * (weight * scale).view(shape)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None
+            return grad_x, None, None, None, None
+        return grad_x, local[1].to(weight.dtype), local[0].to(weight.dtype), None, None
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
