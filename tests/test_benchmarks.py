@@ -84,3 +84,16 @@ def test_gpu_rows_on_the_cpu(gpu, capsys, tmp_path):
 def test_gpu_keeps_its_time(gpu, capsys, tmp_path):
     gpu.main(['--device', 'cpu', '--minutes', '0', '--only', 'batch 1, eager', '--output', str(tmp_path)])
     assert capsys.readouterr().out.count('- cotnet50 / resnet50, batch 1, eager') == 3
+
+
+@pytest.mark.slow
+def test_detection(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / 'benchmarks'))
+    detection = importlib.import_module('detection')
+    monkeypatch.setattr(detection, 'BACKBONES', ('test_cotnet', 'resnet18'))
+    detection.main(['--sizes', '64', '--regions', '4', '--seconds', '0'])
+    rows = re.findall(r'^\| batch 2, 64 x 64, [\w-]+ \| (\d+) ms \| (\d+) ms \| ([\d.]+) \| at most 1.25 \|$',
+                      capsys.readouterr().out, flags=re.M)
+    assert len(rows) == 2
+    for ours, other, ratio in rows:
+        assert int(ours) / int(other) == pytest.approx(float(ratio), abs=0.02)

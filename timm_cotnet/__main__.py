@@ -10,6 +10,8 @@ COMMANDS = {
     'visualize': 'draws what CoT layers see in images',
     'convert': 'makes safetensors and config of an official checkpoint',
     'detection.convert': 'makes safetensors and config of an official detector',
+    'detection.train': 'trains and evaluates detectors on data in COCO\'s layout',
+    'detection.shapes': 'draws a small data set for detectors',
     'verify': 'compares the accuracy of converted weights with the published one',
     'publish': 'uploads converted weights to the Hub',
     'cards': 'writes the model cards of the Hub repositories',
@@ -17,7 +19,7 @@ COMMANDS = {
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    lines = [f'  python -m timm_cotnet.{name:9} {what}' for name, what in COMMANDS.items()]
+    lines = [f'  python -m timm_cotnet.{name:18} {what}' for name, what in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog='python -m timm_cotnet', usage='python -m timm_cotnet.COMMAND [options]',
         description='Contextual Transformer networks for timm. Lists the commands, each of which has a --help.',

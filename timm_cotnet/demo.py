@@ -8,6 +8,7 @@ that. Ends with a message and status 1 if anything is off.
 The weights of `test_cotnet` were made by `--no-pretrained --epochs 25 --lr 3e-3`.
 """
 import argparse
+import json
 import importlib.util
 import math
 import shlex
@@ -355,7 +356,11 @@ def save_folder(model: nn.Module, folder: Path, class_names: Sequence[str]) -> N
     """Writes weights and config as timm's `save_for_hf` does, which an old timm refuses with a new huggingface_hub."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / 'model.safetensors')
-    _hub.save_config_for_hf(model, folder / 'config.json', model_config=dict(label_names=list(class_names)))
+    path = folder / 'config.json'
+    _hub.save_config_for_hf(model, path, model_config=dict(label_names=list(class_names)))
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # stands above them too; transformers takes it only once
+    path.write_text(json.dumps(config, indent=2))
 
 
 def show_predictions(
