@@ -8,6 +8,7 @@ COMMANDS = {
     'explain': 'says which implementation works on each part of a model, and why',
     'convert': 'makes safetensors and config of an official checkpoint',
     'verify': 'compares the accuracy of converted weights with the published one',
+    'export': 'writes a model as a file for ONNX Runtime, OpenVINO, Core ML and others',
     'publish': 'uploads converted weights to the Hub',
     'cards': 'writes the model cards of the Hub repositories',
 }

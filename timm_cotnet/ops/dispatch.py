@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import conditions, onednn, plain
 from .conditions import KINDS as _KINDS
+from .exported import is_exporting, local_conv_exported
 from .gpu.local_conv import local_conv_triton, why_not_triton
 from .reference import local_conv_reference
 from .shifted import LocalConvShifted
@@ -91,7 +92,10 @@ def choose_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Callable[.
     """The implementation of local convolution for tensors that its front end has checked."""
     refused = []
     name, chosen = 'plain PyTorch', local_conv_reference
-    if torch.compiler.is_compiling() or is_traced(x) or is_traced(weight):
+    if is_exporting():
+        name, chosen = 'operators for runtimes', functools.partial(
+            local_conv_exported, crops=torch.onnx.is_in_onnx_export())
+    elif torch.compiler.is_compiling() or is_traced(x) or is_traced(weight):
         pass  # compilers and tracers fuse plain ATen, and need nothing of this package later
     elif x.device.type == 'cpu':
         reason = conditions.why_not_native_local_conv(x, weight, kernel_size)
