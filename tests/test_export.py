@@ -61,11 +61,16 @@ def test_few_operators_of_low_rank():
 
 
 @needs_export_flag
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize('groups', [1, 2])
 def test_chosen_where_graphs_are_made(groups):
     class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.groups = groups
+
         def forward(self, x, attn):
-            return grouped_local_conv(x, attn, 3, 1, groups)
+            return grouped_local_conv(x, attn, 3, 1, self.groups)
 
     x, attn = image(2, 32), image(2, 36, seed=2)
     expected = Module()(x, attn)
@@ -80,7 +85,7 @@ def test_chosen_where_graphs_are_made(groups):
 
 @pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer'])
 def test_eager_layers_never_use_it(name, monkeypatch):
-    from timm_cotnet.ops import dispatch, local_conv as _  # noqa: F401
+    from timm_cotnet.ops import dispatch
     monkeypatch.setattr(dispatch, 'local_conv_exported', None)  # a call would fail
     assert create(name).eval()(image(2, 32)).shape == (2, 32, 6, 7)
 
@@ -151,6 +156,7 @@ def test_files_run_without_this_package(kind, tmp_path):
     (['test_cotnet', '--output', 'a.onnx', '--format', 'openvino'], 'expected a name that ends in .xml'),
     (['test_cotnet', '--output', 'a.mlpackage', '--dynamic'], 'whose files have one size'),
     (['test_cotnet', '--output', 'a.pt2', '--int8', 'images'], '--int8 is for ONNX in float32'),
+    (['test_cotnet', '--output', 'a.pt2', '--checkpoint', 'nowhere'], '--checkpoint is nowhere, expected a file'),
     (['test_cotnet', '--output', 'a.onnx', '--img-size', '0'], '--img-size is 0, expected 1 or more'),
 ])
 def test_wrong_arguments(args, message, capsys):
@@ -174,11 +180,6 @@ class Importer:
     def import_module(self, name):
         if name == self.missing:
             raise ImportError(name)
-
-
-def test_missing_weights(tmp_path):
-    with pytest.raises(SystemExit, match='nowhere'):
-        export.main(['test_cotnet', '--output', str(tmp_path / 'a.pt2'), '--checkpoint', str(tmp_path / 'nowhere')])
 
 
 @needs_export_flag

@@ -212,6 +212,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         parser.error(f'--output is {args.output}, expected a name that ends in {FORMATS[args.format][0]}')
     if not timm.is_model(args.model):
         parser.error(f'timm knows no model {args.model!r}; timm.list_models() lists them')
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        parser.error(f'--checkpoint is {args.checkpoint}, expected a file')
     if args.dynamic and args.format == 'coreml':
         parser.error('--dynamic is not for Core ML, whose files have one size')
     if args.int8 and (args.format != 'onnx' or args.half):
@@ -235,7 +237,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, num_classes=args.num_classes, checkpoint_path=args.checkpoint)
-    except (RuntimeError, FileNotFoundError) as error:
+    except RuntimeError as error:
         sys.exit(str(error))
     model = reparameterize_model(model.eval())
     dtype = torch.float16 if args.half else torch.float32
