@@ -1,7 +1,7 @@
 """Exported networks in their runtimes, on this machine's CPU: `python tests/benchmarks/runtimes.py`.
 
-CoTNets and their rivals, norms folded, static shapes, 224 x 224, in turn, each in a process of its own. Prints one table
-and writes it to `runtimes.md` in `--output`. What cannot run here says why.
+CoTNets and their rivals, norms folded, static shapes, 224 x 224, in turn, each in a process of its own. Prints one
+table and writes it to `runtimes.md` in `--output`. What cannot run here says why.
 """
 import argparse
 from pathlib import Path
