@@ -88,11 +88,9 @@ def _coreml(model: nn.Module, path: Path, x: Tensor, shapes: Optional[Tuple]) ->
     import coremltools
 
     with torch.no_grad():
-        traced = torch.jit.trace(model.float(), x.float(), check_trace=False)
+        program = torch.export.export(model.float(), (x.float(),)).run_decompositions({})
     precision = coremltools.precision.FLOAT16 if x.dtype == torch.float16 else coremltools.precision.FLOAT32
-    coremltools.convert(
-        traced, inputs=[coremltools.TensorType('images', x.shape)], compute_precision=precision,
-        convert_to='mlprogram').save(str(path))
+    coremltools.convert(program, compute_precision=precision, convert_to='mlprogram').save(str(path))
 
 
 def quantize_onnx(source: Path, path: Path, batches: Iterator[Tensor]) -> None:
