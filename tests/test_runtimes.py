@@ -118,6 +118,18 @@ def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp('digits'))
 
 
+def right(logits, targets):
+    """Percent."""
+    return 100 * (logits.argmax(1) == targets).float().mean().item()
+
+
+def held_out(digits, model):
+    config = resolve_data_config({}, model=model)
+    dataset = create_dataset('', root=str(digits), split='val', transform=create_transform(**config))
+    return [torch.stack([torch.as_tensor(pair[i]) for pair in dataset]) for i in (0, 1)]
+
+
+@torch.no_grad()
 def test_eight_bits(digits, tmp_path):
     """Right on the digits nearly as often."""
     pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
@@ -125,13 +137,28 @@ def test_eight_bits(digits, tmp_path):
     source, path = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
     export.export(model, source, 'onnx', torch.randn(2, 3, 64, 96))
     export.quantize_onnx(source, path, export.calibration_batches(digits / 'train', model, (64, 64), 64))
-    config = resolve_data_config({}, model=model)
-    dataset = create_dataset('', root=str(digits), split='val', transform=create_transform(**config))
-    images, targets = (torch.stack([torch.as_tensor(pair[i]) for pair in dataset]) for i in (0, 1))
-    run = export.load(path, 'onnx')
-    right = {name: 100 * (logits.argmax(1) == targets).float().mean().item()
-             for name, logits in (('float', model(images)), ('int8', run(images)))}
-    assert right['float'] >= 97 and right['int8'] >= right['float'] - 1, right
+    images, targets = held_out(digits, model)
+    before, after = right(model(images), targets), right(export.load(path, 'onnx')(images), targets)
+    assert before >= 97 and after >= before - 1
+
+
+@torch.no_grad()
+def test_eight_bits_by_torchao(digits):
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    model = reparameterize_model(timm.create_model('test_cotnet', pretrained=True).eval())
+    images, targets = held_out(digits, model)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=shapes).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program, quantizer)
+    for batch in export.calibration_batches(digits / 'train', model, (64, 64), 64):
+        prepared(batch)
+    quantized = convert_pt2e(prepared)
+    assert str(quantized.graph).count('dequantize_per_channel') >= 40  # the filters of the convolutions
+    assert right(quantized(images), targets) >= right(model(images), targets) - 1
 
 
 def test_files_of_eight_bits_are_small(tmp_path):
