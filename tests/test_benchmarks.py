@@ -97,3 +97,24 @@ def test_detection(monkeypatch, capsys):
     assert len(rows) == 2
     for ours, other, ratio in rows:
         assert int(ours) / int(other) == pytest.approx(float(ratio), abs=0.02)
+
+
+def test_runtimes_names(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / 'benchmarks'))
+    runtimes = importlib.import_module('runtimes')
+    runtimes.main(['--list', '--rows', 'batch 8'])
+    names = capsys.readouterr().out.splitlines()
+    assert len(names) == len(set(names)) == 4 and all(name.endswith(', batch 8') for name in names)
+
+
+def test_runtimes_table(monkeypatch, capsys, tmp_path):
+    """Its numbers and ratios are those of the turns, and what did not run says why."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / 'benchmarks'))
+    runtimes = importlib.import_module('runtimes')
+    times = {'cotnet50': 30., 'se_cotnetd_50': 'no onnx', 'resnet50': 20., 'resnest50d': 60.}
+    monkeypatch.setattr(runtimes, 'take_turns', lambda script, specs, seconds: [
+        runtimes.Result(times[spec['name']], 0.) if spec['name'] != 'se_cotnetd_50' else 'no onnx' for spec in specs])
+    runtimes.main(['--rows', 'onnxruntime, batch 1', '--output', str(tmp_path)])
+    assert (tmp_path / 'runtimes.md').read_text() == capsys.readouterr().out
+    assert '| onnxruntime, batch 1 | 30 ms | not run: no onnx | 20 ms | 60 ms | 1.50 | 0.50 |' \
+        in (tmp_path / 'runtimes.md').read_text().splitlines()

@@ -13,6 +13,7 @@ COMMANDS = {
     'detection.train': 'trains and evaluates detectors on data in COCO\'s layout',
     'detection.shapes': 'draws a small data set for detectors',
     'verify': 'compares the accuracy of converted weights with the published one',
+    'export': 'writes a model as a file for ONNX Runtime, OpenVINO, Core ML and others',
     'publish': 'uploads converted weights to the Hub',
     'cards': 'writes the model cards of the Hub repositories',
 }

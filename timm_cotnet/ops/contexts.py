@@ -90,8 +90,8 @@ def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor) -> Tensor:
         (B, C, H, W), in the dtype of dynamic.
     """
     B, C = dynamic.shape[0], dynamic.shape[1]
-    weights = attn.view(B, C, 2, 1, 1).softmax(2).to(dynamic.dtype)
-    return dynamic * weights[:, :, 0] + static.to(dynamic.dtype) * weights[:, :, 1]
+    weights = attn.view(B, C, 2, 1).softmax(2).to(dynamic.dtype).split(1, 2)  # (B, C, 1, 1) twice
+    return dynamic * weights[0] + static.to(dynamic.dtype) * weights[1]
 
 
 def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import conditions, onednn, plain
 from .conditions import KINDS as _KINDS
+from .exported import is_exporting, local_conv_exported
 from .gpu.local_conv import local_conv_triton, why_not_triton
 from .reference import local_conv_reference
 from .shifted import LocalConvShifted
@@ -92,8 +93,10 @@ def choose_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Callable[.
     refused = []
     name, chosen = 'plain PyTorch', local_conv_reference
     compiling = torch.compiler.is_compiling()
-    captured = needs_plain_graph(x, weight) if compiling else is_traced(x) or is_traced(weight)
-    if captured:
+    if is_exporting():
+        name, chosen = 'operators for runtimes', functools.partial(
+            local_conv_exported, crops=torch.onnx.is_in_onnx_export())
+    elif needs_plain_graph(x, weight) if compiling else is_traced(x) or is_traced(weight):
         pass  # what is captured needs nothing of this package later
     elif x.device.type == 'cpu':
         reason = conditions.why_not_native_local_conv(x, weight, kernel_size)

@@ -2,7 +2,8 @@
 import torch
 
 from .dispatch import choose_local_conv
-from .reference import local_conv_reference, sum_of_taps
+from .exported import is_exporting, local_conv_exported
+from .reference import sum_of_taps
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ def local_conv(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dila
         ValueError: If a type, shape, layout, dtype or device does not fit, naming the argument and what was expected.
     """
     if torch.jit.is_scripting():
-        return local_conv_reference(x, weight, kernel_size, dilation)
+        return local_conv_exported(x, weight, kernel_size, dilation)
     else:
         return _local_conv_eager(x, weight, kernel_size, dilation)
 
@@ -55,9 +56,17 @@ def grouped_local_conv(
     if groups == 1:
         return local_conv(x, attn, kernel_size, dilation)
     c, g = C // groups, attn.shape[1] // groups
+    if torch.jit.is_scripting() or _is_exporting():  # groups as images: nothing is sliced or concatenated
+        x, attn = x.reshape(B * groups, c, H, W), attn.reshape(B * groups, g, taps, H, W)
+        return local_conv(x, attn, kernel_size, dilation).reshape(B, C, H, W)
     return torch.cat([
         local_conv(x[:, i * c:(i + 1) * c], attn[:, i * g:(i + 1) * g], kernel_size, dilation) for i in range(groups)
     ], 1)
+
+
+@torch.jit.unused
+def _is_exporting() -> bool:
+    return is_exporting()
 
 
 @torch.jit.unused
@@ -65,7 +74,8 @@ def _local_conv_eager(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, d
     if isinstance(x, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
         return sum_of_taps(x, weight, kernel_size, dilation)  # sizes and dtypes are symbols there: nothing to check
     if torch.jit.is_tracing():
-        return local_conv_reference(x, weight, kernel_size, dilation)  # sizes are tensors there
+        # sizes are tensors there: nothing to check
+        return choose_local_conv(x, weight, kernel_size)(x, weight, kernel_size, dilation)
     _check(x, weight, kernel_size, dilation)
     device_type = x.device.type
     autocast = device_type != 'meta' and torch.is_autocast_enabled(device_type)  # 'meta' has none

@@ -1,0 +1,199 @@
+"""Exported models: the form of local convolution in them, files of PyTorch's own formats, and the command."""
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from timm_cotnet import export
+from timm_cotnet.ops import grouped_local_conv
+from timm_cotnet.ops.exported import local_conv_exported
+from timm_cotnet.ops.reference import local_conv_reference
+
+from helpers import create, difference, image, shaken
+
+needs_export_flag = pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting')
+needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='AOTInductor needs the C++ compiler g++')
+
+
+def folded(name='test_cotnet', **kwargs):
+    torch.manual_seed(0)
+    return reparameterize_model(shaken(timm.create_model(name, **kwargs)).eval())
+
+
+# The form of local convolution
+
+
+@pytest.mark.parametrize('crops', [False, True])
+@pytest.mark.parametrize('B, C, G, H, W', [(2, 16, 2, 5, 6), (1, 8, 8, 3, 2), (3, 8, 1, 1, 1), (1, 8, 4, 1, 7)])
+@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 1), (3, 2), (3, 4), (5, 1), (7, 3)])
+def test_equals_the_definition(kernel_size, dilation, B, C, G, H, W, crops):
+    """Where taps lie outside of the image, too."""
+    x = image(B, C, H, W, dtype=torch.float64)
+    weight = image(B, G * kernel_size ** 2, H, W, dtype=torch.float64, seed=2).view(B, G, -1, H, W)
+    out = local_conv_exported(x, weight, kernel_size, dilation, crops)
+    assert difference(out, local_conv_reference(x, weight, kernel_size, dilation)) < 1e-14
+
+
+def test_half_types_are_accumulated_in_float32():
+    for dtype in (torch.float16, torch.bfloat16):
+        x, weight = image(2, 16, dtype=dtype), image(2, 18, dtype=dtype, seed=2).view(2, 2, 9, 6, 7)
+        out = local_conv_exported(x, weight)
+        assert out.dtype == dtype and difference(out, local_conv_reference(x, weight)) < 1e-2
+
+
+def test_few_operators_of_low_rank():
+    """Nine products, eight sums, six copies and one permutation of the filters; nothing is indexed."""
+    x, weight = image(2, 16), image(2, 18, seed=2).view(2, 2, 9, 6, 7)
+    nodes = make_fx(lambda *a: local_conv_exported(*a, crops=True))(x, weight).graph.nodes
+    names = [node.target.overloadpacket._qualified_op_name.split('::')[1]
+             for node in nodes if node.op == 'call_function' and hasattr(node.target, 'overloadpacket')]
+    assert names.count('mul') == 9 and names.count('add') == 8 and names.count('constant_pad_nd') == 6
+    assert not {'slice', 'select', 'index', 'lerp', 'cat'} & set(names)
+    assert max(node.meta['val'].ndim for node in nodes if hasattr(node.meta.get('val'), 'ndim')) <= 5
+
+
+@needs_export_flag
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('groups', [1, 2])
+def test_chosen_where_graphs_are_made(groups):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.groups = groups
+
+        def forward(self, x, attn):
+            return grouped_local_conv(x, attn, 3, 1, self.groups)
+
+    x, attn = image(2, 32), image(2, 36, seed=2)
+    expected = Module()(x, attn)
+    program = torch.export.export(Module(), (x, attn))
+    traced = torch.jit.trace(Module(), (x, attn))
+    scripted = torch.jit.script(Module())
+    for graph in (program.module(), traced, scripted):
+        assert difference(graph(x, attn), expected) < 1e-6
+    assert 'aten.split.Tensor' in str(program.graph) and 'aten.cat' not in str(program.graph)
+    assert 'aten::split' in str(traced.inlined_graph) and 'aten::cat' not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer'])
+def test_eager_layers_never_use_it(name, monkeypatch):
+    from timm_cotnet.ops import dispatch
+    monkeypatch.setattr(dispatch, 'local_conv_exported', None)  # a call would fail
+    assert create(name).eval()(image(2, 32)).shape == (2, 32, 6, 7)
+
+
+# Files of PyTorch's own formats
+
+
+@needs_export_flag
+@pytest.mark.slow
+def test_pt2_of_other_sizes(tmp_path):
+    """Above 32 pixels: `torch.export` keeps to more than one pixel in the last stage, as its example has."""
+    model = folded()
+    path = tmp_path / 'model.pt2'
+    export.export(model, path, 'pt2', torch.randn(2, 3, 64, 96))
+    run = export.load(path, 'pt2')
+    for shape in ((1, 3, 40, 64), (3, 3, 70, 50)):
+        x = torch.randn(shape)
+        assert difference(run(x), model(x)) < 1e-5
+
+
+ALONE = '''
+import sys
+sys.meta_path.insert(0, type('Refuse', (), {'find_spec': staticmethod(lambda name, *_: 1 / (
+    name.partition('.')[0] not in ('timm', 'timm_cotnet', '_timm_cotnet_autoload')) and None)}))
+import torch
+kind, path, images, logits = sys.argv[1:]
+x, expected = torch.load(images), torch.load(logits)
+if kind == 'aoti':
+    from torch._inductor import aoti_load_package
+    run = aoti_load_package(path)
+else:
+    run = torch.jit.load(path)
+with torch.no_grad():
+    out = run(x)
+assert not {'timm', 'timm_cotnet'} & set(sys.modules)
+assert (out - expected).abs().max() < 1e-4 * expected.abs().max()
+print('good')
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('kind', [
+    pytest.param('aoti', marks=[needs_compiler, needs_export_flag]), 'script', 'trace'])
+def test_files_run_without_this_package(kind, tmp_path):
+    model, x = folded(), torch.randn(2, 3, 64, 96)
+    path = tmp_path / ('model.pt2' if kind == 'aoti' else 'model.pt')
+    with torch.no_grad():
+        if kind == 'aoti':
+            export.export(model, path, 'aoti', x, dynamic=False)
+            assert zipfile.is_zipfile(path)
+        else:
+            (torch.jit.script(model) if kind == 'script' else torch.jit.trace(model, x)).save(path)
+        torch.save(x, tmp_path / 'x')
+        torch.save(model(x), tmp_path / 'logits')
+    result = subprocess.run(
+        [sys.executable, '-S', '-c', ALONE, kind, path, tmp_path / 'x', tmp_path / 'logits'], capture_output=True,
+        text=True, timeout=300, env={**os.environ, 'PYTHONPATH': os.pathsep.join(
+            entry for entry in sys.path if entry.endswith('-packages'))}, cwd=tmp_path)
+    assert result.stdout == 'good\n', result.stderr
+
+
+# The command
+
+
+@pytest.mark.parametrize('args, message', [
+    (['resnet1000', '--output', 'a.onnx'], "timm knows no model 'resnet1000'"),
+    (['test_cotnet', '--output', 'a.tflite'], 'whose suffix stands for no format'),
+    (['test_cotnet', '--output', 'a.onnx', '--format', 'openvino'], 'expected a name that ends in .xml'),
+    (['test_cotnet', '--output', 'a.mlpackage', '--dynamic'], 'whose files have one size'),
+    (['test_cotnet', '--output', 'a.pt2', '--int8', 'images'], '--int8 is for ONNX in float32'),
+    (['test_cotnet', '--output', 'a.pt2', '--checkpoint', 'nowhere'], '--checkpoint is nowhere, expected a file'),
+    (['test_cotnet', '--output', 'a.onnx', '--img-size', '0'], '--img-size is 0, expected 1 or more'),
+])
+def test_wrong_arguments(args, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export.main(args)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('path, library, extra', [
+    ('a.onnx', 'onnxscript', 'onnx'), ('a.xml', 'openvino', 'openvino'), ('a.mlpackage', 'coremltools', 'coreml')])
+def test_missing_library_is_named(path, library, extra, monkeypatch):
+    monkeypatch.setattr(export, 'importlib', Importer(library))
+    with pytest.raises(SystemExit, match=f'{library} is not installed; .*timm-cotnet\\[{extra}\\]'):
+        export.main(['test_cotnet', '--output', path])
+
+
+class Importer:
+    def __init__(self, missing):
+        self.missing = missing
+
+    def import_module(self, name):
+        if name == self.missing:
+            raise ImportError(name)
+
+
+@needs_export_flag
+@pytest.mark.slow
+def test_command_checks_what_it_wrote(tmp_path, capsys):
+    path = tmp_path / 'folder' / 'model.pt2'
+    args = ['test_cotnet', '--output', str(path), '--pretrained', '--dynamic', '--check']
+    assert export.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and f'{path}: ' in lines[0] and all('of the largest logit' in line for line in lines[1:])
+
+
+def test_check_tells_a_difference(capsys):
+    model = folded()
+    assert export.check(model, lambda x: 1.1 * model(x), [torch.randn(1, 3, 32, 32)]) == pytest.approx(0.1, rel=1e-3)
+    assert '1x3x32x32: differs by 1.0e-01 of the largest logit' in capsys.readouterr().out
