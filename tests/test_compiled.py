@@ -8,7 +8,7 @@ from helpers import create, difference, has_kernels, image
 from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.ops import conditions, cot_layer
 from timm_cotnet.ops.compiled import arguments_of
-from timm_cotnet.ops.local_conv import local_conv_reference
+from timm_cotnet.ops.reference import local_conv_reference
 
 pytestmark = [
     pytest.mark.skipif(

@@ -66,7 +66,7 @@ def test_transformers_reads_converted_weights(tmp_path):
 def test_transformers_reads_what_the_demonstration_wrote(tmp_path):
     transformers = needed('transformers')
     model = timm.create_model('test_cotnet', pretrained=True).eval()
-    save_folder(model, tmp_path)
+    save_folder(model, tmp_path, [str(digit) for digit in range(10)])
     classifier, features = wrapped(tmp_path)
     torch.testing.assert_close(classifier(pixel_values=IMAGES).logits, model(IMAGES))
     torch.testing.assert_close(features(pixel_values=IMAGES).last_hidden_state, model.forward_features(IMAGES))
