@@ -236,7 +236,8 @@ def test_small_stacks_of_threads():
 import torch
 from timm_cotnet import CotLayer
 from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
-from timm_cotnet.ops.cpu.contexts import contexts_folded, train_contexts
+from timm_cotnet.ops.cpu.contexts import contexts_folded
+from timm_cotnet.ops.cpu.cot_layer import train_cot_layer
 from timm_cotnet.ops.cpu.local_conv import local_conv
 torch.set_num_threads(3)
 C, G, k = 4096, 512, 3
@@ -244,7 +245,7 @@ image = lambda n: torch.randn(4, n, 2, 3).contiguous(memory_format=torch.channel
 x, logits, static = image(C), image(G * k * k), image(C)
 local_conv(x, logits.view(4, G, k * k, 2, 3), k, 1).sum().backward()
 layer = CotLayer(C)
-train_contexts(layer, x, logits, static).sum().backward()
+train_cot_layer(layer, x).sum().backward()
 train_batch_norm(x, layer.bn, True, static).sum().backward()
 norm, se = layer.embed[4], layer.se
 parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
@@ -316,7 +317,7 @@ def test_missing_memory(monkeypatch, tmp_path):
     """Whichever allocation fails, the kernel says so, and works the next time."""
     from timm_cotnet import CotLayer
     from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
-    from timm_cotnet.ops.cpu.contexts import train_contexts
+    from timm_cotnet.ops.cpu.cot_layer import train_cot_layer
     header = tmp_path / 'failing.h'
     header.write_text(
         '#include <stdlib.h>\n__attribute__((weak)) int left = 1 << 30;\n'
@@ -326,13 +327,13 @@ def test_missing_memory(monkeypatch, tmp_path):
     norm, se = layer.embed[4], layer.se
     parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
     logits = weight.flatten(1, 2)
-    wanting = [t.detach().requires_grad_() for t in (x, weight, logits)]
+    wanting = [t.detach().requires_grad_() for t in (x, weight)]
 
     kernels = {
         'local_conv': lambda: local_conv(x, weight, 3, 1),
-        'local_conv_backward': lambda: local_conv(*wanting[:2], 3, 1).sum().backward(),
+        'local_conv_backward': lambda: local_conv(*wanting, 3, 1).sum().backward(),
         'contexts_folded': lambda: contexts_folded(x, logits, x, parameters, 3, 1, 1, 1e-5),
-        'contexts_backward': lambda: train_contexts(layer, wanting[0], wanting[2], x).sum().backward(),
+        'contexts_backward': lambda: train_cot_layer(layer, wanting[0]).sum().backward(),
         'batch_norm_backward': lambda: train_batch_norm(wanting[0], layer.bn).sum().backward(),
     }
     monkeypatch.setenv('TIMM_COTNET_CFLAGS', f'-include {header}')

@@ -25,9 +25,8 @@ class _BatchNorm(ctypes.Structure):
         ('relu', ctypes.c_long)]
 
     def __init__(self, norm: Norm, relu: bool, x: Tensor, **tensors: Optional[Tensor]):
-        B, C, H, W = x.shape
         pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-        super().__init__(Shape(B, C, 1, 1, H, W, 1, 1), norm, x.data_ptr(), relu=relu, **pointers)
+        super().__init__(Shape.of(x), norm, x.data_ptr(), relu=relu, **pointers)
 
     def call(self, kernel: str) -> None:
         call(kernel, torch.float32, ctypes.byref(self))

@@ -46,9 +46,9 @@ class _Contexts(ctypes.Structure):
             'value', 'logits', 'key', 'out', 'pooled', 'attn', 'grad', 'pool_grad', 'act_sums', 'grad_attn', 'grad_key',
             'grad_value', 'grad_logits'))]
 
-    def __init__(self, shape: Shape, norms: Sequence[Norm], **tensors: Tensor):
-        super().__init__(shape, *norms)
-        self.set(**tensors)
+    def __init__(self, s: 'definition.ContextsSettings', norms: Sequence[Norm], value: Tensor, **tensors: Tensor):
+        super().__init__(Shape.of(value, s.num_filters, s.groups, s.kernel_size, s.dilation), *norms)
+        self.set(value=value, **tensors)
 
     def set(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
@@ -86,12 +86,10 @@ def contexts_folded(
     """
     parameters = [p.contiguous() for p in parameters]
     value, logits, static = map(channels_last, (value, logits, static))
-    taps = kernel_size ** 2
-    filters = logits.shape[1] // taps
     out = torch.empty_like(value)
+    shape = Shape.of(value, logits.shape[1] // kernel_size ** 2, groups, kernel_size, dilation)
     call(
-        'contexts_folded', value.dtype,
-        ctypes.byref(_shape(value, filters, groups, kernel_size, dilation)),
+        'contexts_folded', value.dtype, ctypes.byref(shape),
         ctypes.byref(_Folded(*(p.data_ptr() for p in parameters), filter_eps, parameters[3].shape[0])),
         value, logits, static, out)
     return out
@@ -140,8 +138,7 @@ def contexts_forward(
         Norm(s.filter_eps, 0., tables[1], weight=weights[1], bias=biases[1]),
         Norm(s.eps, of_dynamic.momentum, tables[2], weight=weights[2], bias=biases[2],
              running_mean=of_dynamic.mean, running_var=of_dynamic.var)]
-    native = _Contexts(
-        _training_shape(value, s), norms, value=value, logits=logits, key=static, out=out, pooled=pooled)
+    native = _Contexts(s, norms, value, logits=logits, key=static, out=out, pooled=pooled)
     native.call('contexts_forward')
     for average in averages:
         average.tracked.add_(1)
@@ -172,24 +169,14 @@ def contexts_backward(
              grad_weight=norm_grads[2 * i], grad_bias=norm_grads[2 * i + 1])
         for i, eps in enumerate((s.value_eps, s.filter_eps, s.eps))]
     native = _Contexts(
-        _training_shape(value, s), norms, value=value, logits=logits, key=static, out=out, attn=attn,
-        grad=grad, act_sums=act_sums, grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value,
-        grad_logits=grad_logits)
+        s, norms, value, logits=logits, key=static, out=out, attn=attn, grad=grad, act_sums=act_sums,
+        grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value, grad_logits=grad_logits)
     native.call('contexts_recompute')
     grad_pooled, *se_grads = _se_gradients(pooled, attn, parameters[6:], s.se_eps, grad_attn)
     pool_grad = grad_pooled / value[0, 0].numel()
     native.set(pool_grad=pool_grad)
     native.call('contexts_backward')
     return [grad_value, grad_logits, grad_static, *norm_grads, *se_grads]
-
-
-def _shape(value: Tensor, filters: int, groups: int, kernel_size: int, dilation: int) -> Shape:
-    B, C, H, W = value.shape
-    return Shape(B, C, filters, groups, H, W, kernel_size, dilation)
-
-
-def _training_shape(value: Tensor, s: 'definition.ContextsSettings') -> Shape:
-    return _shape(value, s.num_filters, s.groups, s.kernel_size, s.dilation)
 
 
 def _static_weight(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tensor:

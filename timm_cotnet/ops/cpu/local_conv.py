@@ -1,4 +1,4 @@
-"""The local convolution of channels-last tensors and its gradients, in C."""
+"""The local convolution of channels-last tensors and its gradients in C, as operators, which graphs hold too."""
 import ctypes
 from typing import Tuple
 
@@ -17,10 +17,15 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in (
         'batch', 'channels', 'groups', 'slices', 'height', 'width', 'kernel_size', 'dilation')]
 
+    @classmethod
+    def of(cls, x: Tensor, groups: int = 1, slices: int = 1, kernel_size: int = 1, dilation: int = 1) -> 'Shape':
+        B, C, H, W = x.shape
+        return cls(B, C, groups, slices, H, W, kernel_size, dilation)
+
 
 @torch.library.custom_op('timm_cotnet::local_conv_on_cpu', mutates_args=())
 def local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """The local convolution, with a gradient, as operator of graphs too: (B, C, H, W) -> (B, C, H, W), like x in memory.
+    """The local convolution, with a gradient: (B, C, H, W) -> (B, C, H, W), in memory like x.
 
     Args:
         x: Values, (B, C, H, W), best channels-last, float32 or bfloat16.
@@ -29,8 +34,8 @@ def local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Te
         dilation: Distance between the taps of a filter, in pixels.
     """
     dense, filters = channels_last(x), _dense_filters(weight)
-    out = torch.empty_like(dense)
-    call('local_conv', x.dtype, _shape(x, weight, kernel_size, dilation), dense, filters, out)
+    out, shape = torch.empty_like(dense), Shape.of(x, weight.shape[1], 1, kernel_size, dilation)
+    call('local_conv', x.dtype, ctypes.byref(shape), dense, filters, out)
     return _like(out, x)
 
 
@@ -47,8 +52,8 @@ def local_conv_backward(
         return input_grad(grad, x, weight, kernel_size, dilation), weight_grad(grad, x, weight, kernel_size, dilation)
     dense, filters = channels_last(x), _dense_filters(weight)
     grad_x, grad_weight = torch.empty_like(dense), torch.empty_like(filters)
-    call('local_conv_backward', x.dtype, _shape(x, weight, kernel_size, dilation), channels_last(grad), dense, filters,
-         grad_x, grad_weight)
+    shape = Shape.of(x, weight.shape[1], 1, kernel_size, dilation)
+    call('local_conv_backward', x.dtype, ctypes.byref(shape), channels_last(grad), dense, filters, grad_x, grad_weight)
     return _like(grad_x, x), _like(grad_weight, weight)
 
 
@@ -69,11 +74,6 @@ local_conv.register_autograd(_gradients, setup_context=LocalConvShifted.setup_co
 
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _shape(x: Tensor, weight: Tensor, kernel_size: int, dilation: int):
-    (B, C, H, W), groups = x.shape, weight.shape[1]
-    return ctypes.byref(Shape(B, C, groups, 1, H, W, kernel_size, dilation))
 
 
 def _dense_filters(weight: Tensor) -> Tensor:
