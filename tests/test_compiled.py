@@ -113,7 +113,7 @@ def test_running_statistics_under_no_grad_follow_the_modules():
 def test_operator_is_as_pytorch_wants_it():
     x = image(3, 32, memory_format=torch.channels_last).requires_grad_()
     args, _ = arguments_of(create('CoxtLayer'), x)
-    assert set(torch.library.opcheck(conditions.cpu.stand_ins.OPERATOR.operator, args).values()) == {'SUCCESS'}
+    assert set(torch.library.opcheck(conditions.cpu.train_cot_layer.operator, args).values()) == {'SUCCESS'}
 
 
 def test_definition():

@@ -13,7 +13,7 @@ import torch
 
 from timm_cotnet.ops.cpu import build
 from timm_cotnet.ops.cpu.contexts import contexts_folded
-from timm_cotnet.ops.cpu.local_conv import LocalConvNative, local_conv
+from timm_cotnet.ops.cpu.local_conv import local_conv
 from timm_cotnet.ops.reference import local_conv_reference
 
 pytestmark = pytest.mark.skipif(
@@ -119,7 +119,7 @@ def test_other_processors(monkeypatch, processor):
         x, weight = inputs(C=32, G=8, dtype=torch.float32)
         x.requires_grad_(), weight.requires_grad_()
         grads = [torch.autograd.grad(f(x, weight, 3, 1).square().sum(), (x, weight))
-                 for f in (LocalConvNative.apply, local_conv_reference)]
+                 for f in (local_conv, local_conv_reference)]
         for actual, expected in zip(*grads):
             assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
     finally:
@@ -236,15 +236,16 @@ def test_small_stacks_of_threads():
 import torch
 from timm_cotnet import CotLayer
 from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
-from timm_cotnet.ops.cpu.contexts import contexts_folded, train_contexts
-from timm_cotnet.ops.cpu.local_conv import LocalConvNative
+from timm_cotnet.ops.cpu.contexts import contexts_folded
+from timm_cotnet.ops.cpu.cot_layer import train_cot_layer
+from timm_cotnet.ops.cpu.local_conv import local_conv
 torch.set_num_threads(3)
 C, G, k = 4096, 512, 3
 image = lambda n: torch.randn(4, n, 2, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
 x, logits, static = image(C), image(G * k * k), image(C)
-LocalConvNative.apply(x, logits.view(4, G, k * k, 2, 3), k, 1).sum().backward()
+local_conv(x, logits.view(4, G, k * k, 2, 3), k, 1).sum().backward()
 layer = CotLayer(C)
-train_contexts(layer, x, logits, static).sum().backward()
+train_cot_layer(layer, x).sum().backward()
 train_batch_norm(x, layer.bn, True, static).sum().backward()
 norm, se = layer.embed[4], layer.se
 parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
@@ -259,7 +260,7 @@ print('done')
 def results():
     x, weight = inputs(B=3, C=32, G=4, dtype=torch.float32)
     x.requires_grad_(), weight.requires_grad_()
-    out = LocalConvNative.apply(x, weight, 3, 1)
+    out = local_conv(x, weight, 3, 1)
     return out, *torch.autograd.grad(out.square().sum(), (x, weight))
 
 
@@ -316,7 +317,7 @@ def test_missing_memory(monkeypatch, tmp_path):
     """Whichever allocation fails, the kernel says so, and works the next time."""
     from timm_cotnet import CotLayer
     from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
-    from timm_cotnet.ops.cpu.contexts import train_contexts
+    from timm_cotnet.ops.cpu.cot_layer import train_cot_layer
     header = tmp_path / 'failing.h'
     header.write_text(
         '#include <stdlib.h>\n__attribute__((weak)) int left = 1 << 30;\n'
@@ -326,13 +327,13 @@ def test_missing_memory(monkeypatch, tmp_path):
     norm, se = layer.embed[4], layer.se
     parameters = [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
     logits = weight.flatten(1, 2)
-    wanting = [t.detach().requires_grad_() for t in (x, weight, logits)]
+    wanting = [t.detach().requires_grad_() for t in (x, weight)]
 
     kernels = {
         'local_conv': lambda: local_conv(x, weight, 3, 1),
-        'local_conv_backward': lambda: LocalConvNative.apply(*wanting[:2], 3, 1).sum().backward(),
+        'local_conv_backward': lambda: local_conv(*wanting, 3, 1).sum().backward(),
         'contexts_folded': lambda: contexts_folded(x, logits, x, parameters, 3, 1, 1, 1e-5),
-        'contexts_backward': lambda: train_contexts(layer, wanting[0], wanting[2], x).sum().backward(),
+        'contexts_backward': lambda: train_cot_layer(layer, wanting[0]).sum().backward(),
         'batch_norm_backward': lambda: train_batch_norm(wanting[0], layer.bn).sum().backward(),
     }
     monkeypatch.setenv('TIMM_COTNET_CFLAGS', f'-include {header}')

@@ -6,9 +6,10 @@ import torch
 from helpers import threads_set
 
 from timm_cotnet import CotLayer, CoxtLayer, local_conv
+from timm_cotnet.ops.batch_norm import averages_of
 from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
 from timm_cotnet.ops.cpu import build
-from timm_cotnet.ops.cpu.contexts import contexts_folded, train_contexts
+from timm_cotnet.ops.cpu.contexts import contexts_backward, contexts_folded, contexts_forward
 
 pytestmark = pytest.mark.skipif(
     isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
@@ -37,7 +38,7 @@ def inputs(layer, B=2, H=4, W=5, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randn(B, n, H, W, generator=generator).add_(1).to(dtype).contiguous(memory_format=torch.channels_last)
-        .requires_grad_() for n in (layer.dim, layer.embed[4].num_channels, layer.dim)]
+        for n in (layer.dim, layer.embed[4].num_channels, layer.dim)]
 
 
 def parameters_of(layer):
@@ -46,14 +47,28 @@ def parameters_of(layer):
     return [p for module in modules for p in (module.weight, module.bias)]
 
 
+def settings_of(layer):
+    return ContextsSettings(
+        layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].num_groups,
+        layer.conv1x1[1].eps, layer.embed[4].eps, layer.bn.eps, layer.se[1].eps)
+
+
+@torch.no_grad()
+def trained(layer, tensors, grad=None):
+    """Output of the kernels, and the gradients of the tensors and of `ContextsParameters` for that of the output."""
+    parameters, averages = parameters_of(layer), [averages_of(m) for m in (layer.conv1x1[1], layer.bn, layer.se[1])]
+    out, pooled, attn, *tables = contexts_forward(*tensors, parameters, averages, settings_of(layer))
+    if grad is None:
+        return out
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return out, contexts_backward(grad, *tensors, pooled, attn, tables, parameters, settings_of(layer))
+
+
 def exact(layer, tensors, parameters=None):
     """The definition in double precision, and the leaves it was computed from."""
     parameters = parameters_of(layer) if parameters is None else parameters
     leaves = [t if t is None else t.detach().double().requires_grad_() for t in (*tensors, *parameters)]
-    settings = ContextsSettings(
-        layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].num_groups,
-        layer.conv1x1[1].eps, layer.embed[4].eps, layer.bn.eps, layer.se[1].eps)
-    return contexts(*leaves[:3], ContextsParameters(*leaves[3:]), settings), leaves
+    return contexts(*leaves[:3], ContextsParameters(*leaves[3:]), settings_of(layer)), leaves
 
 
 def assert_close(actual, expected, tolerance=1e-4):
@@ -75,8 +90,7 @@ def test_training(layer_cls, kwargs, shape, threads):
     tensors = inputs(layer, *shape)
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(2))
     with threads_set(threads):
-        out = train_contexts(layer, *tensors)
-        actual = torch.autograd.grad(out, [*tensors, *parameters_of(layer)], grad)
+        out, actual = trained(layer, tensors, grad)
     assert out.is_contiguous(memory_format=torch.channels_last)
     expected, leaves = exact(layer, tensors)
     assert_close(out, expected)
@@ -88,7 +102,7 @@ def test_running_statistics():
     expected = copy.deepcopy(layer).double()
     value, logits, static = inputs(layer)
     for _ in range(2):
-        train_contexts(layer, value, logits, static)
+        trained(layer, (value, logits, static))
         with torch.no_grad():
             normed = expected.conv1x1[1](value.double())
             filters = expected.embed[4](logits.double()).unflatten(1, (-1, layer.kernel_size ** 2))
@@ -98,15 +112,15 @@ def test_running_statistics():
     for name, statistic in expected.named_buffers():
         if not name.startswith(('key_embed', 'embed')):
             assert_close(layer.get_buffer(name), statistic)
-    assert layer.bn.num_batches_tracked == layer.conv1x1[1].num_batches_tracked == 2
+    assert layer.bn.num_batches_tracked == layer.conv1x1[1].num_batches_tracked == layer.se[1].num_batches_tracked == 2
 
 
 def test_large_mean():
     """Statistics are taken from differences, so a mean far from zero costs no accuracy."""
     layer = create(dim=32)
-    value, logits, static = (t.detach() for t in inputs(layer, 2, 6, 6))
-    value, logits = value + 100, logits + 100
-    assert_close(train_contexts(layer, value, logits, static), exact(layer, (value, logits, static))[0], 1e-3)
+    value, logits, static = inputs(layer, 2, 6, 6)
+    tensors = value + 100, logits + 100, static
+    assert_close(trained(layer, tensors), exact(layer, tensors)[0], 1e-3)
 
 
 def folded_parameters(layer):
@@ -120,7 +134,7 @@ def folded_parameters(layer):
 @pytest.mark.parametrize('layer_cls, kwargs, shape', LAYERS)
 def test_folded(layer_cls, kwargs, shape, threads, dtype, tolerance):
     layer = create(layer_cls, **kwargs).to(dtype)
-    tensors = [t.detach() for t in inputs(layer, *shape, dtype=dtype)]
+    tensors = inputs(layer, *shape, dtype=dtype)
     p = folded_parameters(layer)
     settings = layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].eps
     expected, _ = exact(layer, tensors, [None, None, p[0], p[1], None, *p[2:5], None, None, *p[5:]])
@@ -134,110 +148,8 @@ def test_folded(layer_cls, kwargs, shape, threads, dtype, tolerance):
 
 def test_folded_takes_any_layout():
     layer = create()
-    tensors = [t.detach() for t in inputs(layer)]
+    tensors = inputs(layer)
     parameters = [p.detach() for p in folded_parameters(layer)]
     expected = contexts_folded(*tensors, parameters, 3, 1, 1, 1e-5)
     parameters[3] = parameters[3].transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(contexts_folded(*(t.contiguous() for t in tensors), parameters, 3, 1, 1, 1e-5), expected)
-
-
-def test_little_is_saved():
-    layer = create(dim=64)
-    tensors = inputs(layer, 2, 16, 16)
-    out = train_contexts(layer, *tensors)
-    assert sum(t.numel() >= tensors[0].numel() for t in out.grad_fn.saved_tensors) == 3
-
-
-def second_derivative(out, leaves, grad):
-    first = torch.autograd.grad(out, leaves[:3], grad, create_graph=True)
-    return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), [leaves[0], leaves[1], leaves[7]])
-
-
-def test_second_derivative():
-    layer = create()
-    tensors = inputs(layer)
-    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(2))
-    out = train_contexts(layer, *tensors)
-    actual = second_derivative(out, [*tensors, *parameters_of(layer)], grad)
-    for one, other in zip(actual, second_derivative(*exact(layer, tensors), grad.double())):
-        assert_close(one, other, 1e-3)
-
-
-@pytest.mark.parametrize('how', ['vmap', 'is_grads_batched'])
-def test_many_gradients_at_once(how):
-    if torch.__version__.startswith('2.6.') and how == 'is_grads_batched':
-        pytest.skip('torch 2.6 cannot take many gradients at once through a group norm')
-    layer = create()
-    tensors = inputs(layer)
-    out = train_contexts(layer, *tensors)
-    leaves = [*tensors, *parameters_of(layer)]
-    grads = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(3))
-    if how == 'vmap':
-        batched = torch.vmap(lambda grad: torch.autograd.grad(out, leaves, grad, retain_graph=True))(grads)
-    else:
-        batched = torch.autograd.grad(out, leaves, grads, retain_graph=True, is_grads_batched=True)
-    for i in range(3):
-        single = torch.autograd.grad(out, leaves, grads[i], retain_graph=True)
-        assert_gradients_close([many[i] for many in batched], single)
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_gradients_have_the_strides_of_their_parameters(memory_format):
-    """Distributed training compares them, those of single elements too."""
-    layer = create(dim=32).to(memory_format=memory_format)
-    train_contexts(layer, *inputs(layer)).square().sum().backward()
-    for p in parameters_of(layer):
-        assert p.grad.stride() == p.stride()
-
-
-@pytest.mark.parametrize('change, tolerance', [
-    (lambda t: t.contiguous(), 1e-6), (lambda t: t.double(), 1e-6), (lambda t: t.bfloat16(), 0.5)],
-    ids=['contiguous', 'double', 'bfloat16'])
-def test_saved_tensors_that_hooks_change(change, tolerance):
-    layer = create(dim=32)
-    tensors = inputs(layer, 8)
-    leaves = [*tensors, *parameters_of(layer)]
-    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(3))
-    expected = torch.autograd.grad(train_contexts(layer, *tensors), leaves, grad)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: change(t.detach()), lambda t: t):
-        out = train_contexts(layer, *tensors)
-    actual = torch.autograd.grad(out, leaves, grad)
-    assert all(t.dtype == torch.float32 for t in actual)
-    assert_gradients_close(actual, expected, tolerance)
-
-
-def test_frozen_parameters():
-    layer = create()
-    layer.bn.requires_grad_(False)
-    layer.se.requires_grad_(False)
-    tensors = inputs(layer)
-    tensors[1].requires_grad_(False)
-    train_contexts(layer, *tensors).square().sum().backward()
-    assert layer.bn.weight.grad is layer.se[0].weight.grad is tensors[1].grad is None
-    assert layer.conv1x1[1].weight.grad.abs().max() > 0
-    out = train_contexts(layer, *tensors)
-    first = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)[0]
-    assert torch.autograd.grad(first.square().sum(), tensors[0])[0].isfinite().all()
-
-
-def test_hooks_on_what_is_called_see_it():
-    layer = create()
-    seen = []
-    layer.se.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    train_contexts(layer, *inputs(layer))
-    assert seen == [(2, 2 * layer.dim, 1, 1)]
-
-
-def test_checkpointing():
-    layer = create()
-    tensors = inputs(layer)
-    grads = []
-    for use in (False, True):
-        copied = copy.deepcopy(layer)
-        if use:
-            out = torch.utils.checkpoint.checkpoint(train_contexts, copied, *tensors, use_reentrant=False)
-        else:
-            out = train_contexts(copied, *tensors)
-        grads.append(torch.autograd.grad(out.square().sum(), [*tensors, copied.bn.weight]))
-    for a, b in zip(*grads):
-        assert_close(a, b, 1e-5)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_cotnet.ops.cpu import build
-from timm_cotnet.ops.cpu.local_conv import LocalConvNative, local_conv, local_conv_backward
+from timm_cotnet.ops.cpu.local_conv import local_conv, local_conv_backward
 from timm_cotnet.ops.reference import local_conv_reference
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def assert_close(actual, expected, dtype=torch.float32):
 def test_any_shape(B, m, G, H, W, k, dilation, threads, dtype):
     x, weight, grad = inputs(B, m * G, G, H, W, k, dtype)
     with threads_set(threads):
-        out = LocalConvNative.apply(x, weight, k, dilation)
+        out = local_conv(x, weight, k, dilation)
         actual = torch.autograd.grad(out, (x, weight), grad)
     expected, *leaves = exact(x, weight, k, dilation)
     assert_close(out, expected, dtype)
@@ -62,7 +62,7 @@ def test_threads_give_the_same_bits(threads):
     results = []
     for n in (1, threads):
         with threads_set(n):
-            out = LocalConvNative.apply(x, weight, 3, 1)
+            out = local_conv(x, weight, 3, 1)
             results.append((out, *torch.autograd.grad(out, (x, weight), grad)))
     assert all(map(torch.equal, *results))
 
@@ -70,7 +70,7 @@ def test_threads_give_the_same_bits(threads):
 def test_second_derivative():
     x, weight, _ = inputs(B=1, C=4, G=2, H=3, W=4)
     results = []
-    for out, *leaves in ((LocalConvNative.apply(x, weight, 3, 1), x, weight), exact(x, weight)):
+    for out, *leaves in ((local_conv(x, weight, 3, 1), x, weight), exact(x, weight)):
         first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
         results.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
     for actual, expected in zip(*results):
@@ -80,7 +80,7 @@ def test_second_derivative():
 @pytest.mark.parametrize('how', ['vmap', 'is_grads_batched'])
 def test_many_gradients_at_once(how):
     x, weight, grad = inputs()
-    out = LocalConvNative.apply(x, weight, 3, 1)
+    out = local_conv(x, weight, 3, 1)
     grads = torch.stack([grad, 2 * grad])
     if how == 'vmap':
         batched = torch.vmap(lambda grad: torch.autograd.grad(out, (x, weight), grad, retain_graph=True))(grads)
@@ -94,9 +94,9 @@ def test_many_gradients_at_once(how):
 def test_one_gradient_alone(wanted):
     tensors = inputs()
     grad = tensors[2]
-    both = torch.autograd.grad(LocalConvNative.apply(*tensors[:2], 3, 1), tensors[:2], grad)
+    both = torch.autograd.grad(local_conv(*tensors[:2], 3, 1), tensors[:2], grad)
     tensors[1 - wanted].requires_grad_(False)
-    LocalConvNative.apply(*tensors[:2], 3, 1).backward(grad)
+    local_conv(*tensors[:2], 3, 1).backward(grad)
     assert tensors[1 - wanted].grad is None
     assert_close(tensors[wanted].grad, both[wanted])
 
@@ -106,9 +106,9 @@ def test_one_gradient_alone(wanted):
     ids=['contiguous', 'double', 'bfloat16', 'rounded'])
 def test_saved_tensors_that_hooks_change(change):
     x, weight, grad = inputs()
-    expected = torch.autograd.grad(LocalConvNative.apply(x, weight, 3, 1), (x, weight), grad)
+    expected = torch.autograd.grad(local_conv(x, weight, 3, 1), (x, weight), grad)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: change(t.detach()), lambda t: t):
-        out = LocalConvNative.apply(x, weight, 3, 1)
+        out = local_conv(x, weight, 3, 1)
     for actual, wanted in zip(torch.autograd.grad(out, (x, weight), grad), expected):
         assert actual.dtype == torch.float32
         assert_close(actual, wanted, torch.bfloat16)
@@ -116,7 +116,7 @@ def test_saved_tensors_that_hooks_change(change):
 
 def test_gradient_of_any_layout():
     x, weight, _ = inputs()
-    actual = torch.autograd.grad(LocalConvNative.apply(x, weight, 3, 1).sum(), (x, weight))  # one number, expanded
+    actual = torch.autograd.grad(local_conv(x, weight, 3, 1).sum(), (x, weight))  # one number, expanded
     out, *leaves = exact(x, weight)
     for one, other in zip(actual, torch.autograd.grad(out.sum(), leaves)):
         assert_close(one, other)
@@ -126,7 +126,7 @@ def test_gradient_of_any_layout():
 def test_empty(shape):
     B, C, H, W = shape
     x, weight, grad = inputs(B, C, 2, H, W)
-    out = LocalConvNative.apply(x, weight, 3, 1)
+    out = local_conv(x, weight, 3, 1)
     grads = torch.autograd.grad(out, (x, weight), grad)
     assert out.shape == shape and grads[0].shape == shape and grads[1].shape == weight.shape
 

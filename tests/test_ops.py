@@ -103,7 +103,7 @@ def test_choice():
     assert choose_local_conv(x.to('meta'), weight.to('meta'), 3) == local_conv_reference
     x, weight, _ = inputs(channels_last=True)
     chosen = choose_local_conv(x, weight, 3)
-    assert chosen == (conditions.cpu.LocalConvNative.apply if has_kernels() else LocalConvShifted.apply)
+    assert chosen == (conditions.cpu.local_conv if has_kernels() else LocalConvShifted.apply)
     assert choose_local_conv(x, weight, 9) == LocalConvShifted.apply
     assert choose_local_conv(x.double(), weight.double(), 3) == LocalConvShifted.apply
 
@@ -118,7 +118,7 @@ def test_kernel_threads_give_the_same_bits(threads):
     try:
         for n in (1, threads):
             torch.set_num_threads(n)
-            out = conditions.cpu.LocalConvNative.apply(x, weight, 3, 1)
+            out = conditions.cpu.local_conv(x, weight, 3, 1)
             results.append((out, *torch.autograd.grad(out, (x, weight), grad)))
     finally:
         torch.set_num_threads(before)

@@ -14,7 +14,6 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import engines
 import torch
-import torch.nn.functional as F
 from engines import CannotRun, Result, Spec, Task, take_turns
 
 from timm_cotnet.ops import conditions, dispatch, onednn
@@ -22,7 +21,7 @@ from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, conte
 
 OPS = Path(dispatch.__file__).parent
 TRAINING = ('training step, batch 8, float32',)
-CONTEXTS = 'C kernels of contexts in training'
+LAYERS = 'CoT layers in training: C kernels and products of matrices'
 
 
 class Part(NamedTuple):
@@ -59,7 +58,7 @@ def _contexts_by_definition() -> None:
 
 
 def _without_norms() -> None:
-    """Batch norms that are not part of another kernel, of blocks and of CoT layers, are PyTorch's."""
+    """Batch norms of bottlenecks are PyTorch's."""
     def norm_act(x, norm, residual=None):
         out = norm(x)
         if residual is not None:
@@ -69,8 +68,7 @@ def _without_norms() -> None:
 
 
 def _without_pointwise() -> None:
-    """1x1 convolutions are PyTorch's in training, with its gradients."""
-    _replace(conditions.cpu.stand_ins, 'pointwise', F.conv2d)
+    """1x1 convolutions of bottlenecks are PyTorch's in training, with its gradients."""
     _replace(conditions.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
 
 
@@ -86,7 +84,7 @@ WORKS: Dict[str, Tuple[Spec, Tuple[str, ...]]] = {
     **{f'inference, not folded, batch {batch}, float32': (dict(work='inference', batch=batch, folded=False), ())
        for batch in (1, 8)},
     TRAINING[0]: (dict(work='training', batch=8), ()),
-    f'{TRAINING[0]}, without contexts': (dict(work='training', batch=8), (CONTEXTS,)),
+    f'{TRAINING[0]}, without CoT layers': (dict(work='training', batch=8), (LAYERS,)),
 }
 FOLDED = tuple(name for name, (spec, _) in WORKS.items() if spec['work'] == 'inference' and spec.get('folded', True))
 OWN_LOCAL_CONV = tuple(name for name in WORKS if 'not folded' in name or 'without' in name)
@@ -100,10 +98,13 @@ PARTS = [
     Part('packed filters, kept', lambda: _replace(onednn, 'kept', lambda *args, **kwargs: None), FOLDED,
          ('onednn.py',)),
     Part('packed convolutions in bottlenecks', _without_row('folded_bottleneck'), FOLDED, ('onednn.py',)),
-    Part(CONTEXTS, _without_row('cot_layer'), TRAINING, ('cpu/contexts_training.c',), BINDINGS),
-    Part('C kernels of batch norms in training', _without_norms, TRAINING,
+    Part(LAYERS, _without_row('cot_layer'), TRAINING, ('cpu/contexts_training.c', 'cpu/cot_layer.py'),
+         ('cpu/build.py', 'cpu/contexts.py', 'cpu/local_conv.py', 'cpu/batch_norm.c', 'cpu/batch_norm.py',
+          'cot_layer.py', 'compiled.py')),
+    Part('C kernels of batch norms in bottlenecks in training', _without_norms, TRAINING,
          ('cpu/batch_norm.c', 'cpu/batch_norm.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
-    Part('products of matrices for gradients of 1x1 convolutions', _without_pointwise, TRAINING, ('pointwise.py',)),
+    Part('products of matrices for gradients of 1x1 convolutions in bottlenecks', _without_pointwise, TRAINING,
+         ('pointwise.py',)),
     Part('both: what is not CoT in training', lambda: (_without_norms(), _without_pointwise()), TRAINING,
          ('cpu/batch_norm.c', 'cpu/batch_norm.py', 'pointwise.py'), ('cpu/build.py', 'cpu/stand_ins.py')),
     Part('C local convolution', lambda: _replace(conditions, 'why_not_native_local_conv', lambda *args: 'left out'),

@@ -1,4 +1,4 @@
-"""What compiled graphs hold for CoT layers in training: one operator, whatever device it runs on, and its gradient.
+"""A CoT layer in training, whatever device it runs on: an autograd function, and an operator of compiled graphs.
 
 Compilers see what goes in and what comes out, and no less: running statistics are inputs, and their new values outputs
 that the graph copies into the buffers, so that nothing is written where a compiler does not expect it. What the
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import contexts as definition  # the module, as it may be on its way to import what imports this one
 from .batch_norm import Averages
-from .cot_layer import Settings, differentiable_gradients, parameters_of, settings_of
+from .cot_layer import Settings, TrainCotLayer, differentiable_gradients, parameters_of, settings_of
 from .watch import wants_plain
 
 _NUMBERS = (
@@ -21,7 +21,7 @@ _NORMS = 5
 
 
 class LayerOperator:
-    """Registers two operators for an implementation of `cot_layer`; called while a graph is made, it puts them there.
+    """An implementation of `cot_layer`: called while a graph is made, it puts one of its two operators there.
 
     Args:
         name: Of the operator in the namespace `timm_cotnet`; that of its gradient ends in `_backward`.
@@ -46,13 +46,22 @@ class LayerOperator:
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """`layer(x)` for a `CotLayer` or `CoxtLayer` in training, in the memory format of x."""
+        if torch.compiler.is_compiling():
+            out = self._in_graph(layer, x)
+        else:
+            s = settings_of(layer, x)
+            # converted out here, so that a second derivative knows where it comes from
+            dense = x.to(s.dtype, memory_format=torch.channels_last)
+            out = TrainCotLayer.apply(dense, self._forward, self._backward, s, *parameters_of(layer))
+        return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
+
+    def _in_graph(self, layer: nn.Module, x: Tensor) -> Tensor:
         args, norms = arguments_of(layer, x)
         results, averages = self.operator(*args), args[2]
         with torch.no_grad():
             torch._foreach_copy_(averages, [t.detach() for t in results[-len(averages):]])
             torch._foreach_add_([norm.tracked for norm in norms], 1)
-        out = results[0]
-        return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
+        return results[0]
 
     def _run(self, x, parameters, averages, *numbers):
         averages = torch._foreach_mul(averages, 1)  # copies in one go

@@ -96,7 +96,8 @@ def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor) -> Tensor:
 
 def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:
     """grad in dtype and memory as a parameter is: distributed training compares strides, of single elements too."""
-    if grad.shape == parameter.shape and grad.stride() == parameter.stride():
-        return grad.to(parameter.dtype)
+    if grad.shape == parameter.shape and all(
+            n == 1 or step == other for n, step, other in zip(grad.shape, grad.stride(), parameter.stride())):
+        return grad.as_strided(parameter.shape, parameter.stride()).to(parameter.dtype)
     like = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=grad.device)
     return like.copy_(grad)

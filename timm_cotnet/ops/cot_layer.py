@@ -1,8 +1,8 @@
-"""A whole CoT layer in training as one operator. This is its definition, and what its implementations are called with.
+"""A whole CoT layer in training as one operator: its definition, and the autograd function of its implementations.
 
 `dispatch.py` says what may stand in for the modules that compute it, and when.
 """
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import contexts as definition  # the module, as it may be on its way to import what imports this one
 from .batch_norm import Averages, averages_of
+from .watch import wants_plain
 
 
 class TrainingParameters(NamedTuple):
@@ -85,9 +86,15 @@ def parameters_of(layer: nn.Module) -> List[Tensor]:
             conv.weight, *rest]
 
 
+def grouped(parameters: Sequence[Tensor]) -> Parameters:
+    """And back, contiguous but for filters of images."""
+    first = [t if t.ndim == 4 else t.contiguous() for t in parameters[:8]]
+    return Parameters(*first, TrainingParameters(*(t.contiguous() for t in parameters[8:])))
+
+
 def cot_layer(x: Tensor, *parameters: Tensor, s: Settings) -> Tensor:
     """The layer in plain PyTorch: differentiable. Running statistics are neither read nor written."""
-    p, groups = Parameters(*parameters[:8], TrainingParameters(*parameters[8:])), s.contexts.groups
+    p, groups = grouped(parameters), s.contexts.groups
     static = F.conv2d(x, p.key, None, 1, s.key_padding, s.key_dilation, s.key_groups)
     static = F.relu(F.batch_norm(static, None, None, p.key_weight, p.key_bias, True, 0., s.key_eps))
     both = torch.cat([x, static], 1) if groups == 1 else torch.stack([x, static], 2).flatten(1, 2)
@@ -97,6 +104,30 @@ def cot_layer(x: Tensor, *parameters: Tensor, s: Settings) -> Tensor:
     value = F.conv2d(x, p.value, groups=groups)
     rest = definition.ContextsParameters(*p.rest[:2], *p.rest[3:])
     return definition.contexts(value, logits, static, rest, s.contexts)
+
+
+class TrainCotLayer(torch.autograd.Function):
+    """`apply(x, forward, backward, settings, *parameters)` for the two functions of a `LayerOperator`.
+
+    x is dense in channels-last. Running statistics are updated.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: Callable, backward: Callable, settings: Settings, *parameters: Tensor):
+        out, *kept = forward(x, parameters, settings)
+        ctx.implementation, ctx.settings = backward, settings
+        ctx.save_for_backward(x, *parameters, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, *saved), (need_x, _, _, _, *need_parameters) = ctx.saved_tensors, ctx.needs_input_grad
+        count, needed = len(need_parameters), [need_x, *need_parameters]
+        if wants_plain(grad):
+            grads = differentiable_gradients(grad, x, saved[:count], needed, ctx.settings)
+        else:
+            grads = ctx.implementation(grad, x, saved[:count], saved[count:], needed, ctx.settings)
+        return grads[0], None, None, None, *grads[1:]
 
 
 def differentiable_gradients(

@@ -101,8 +101,7 @@ def choose_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Callable[.
     elif x.device.type == 'cpu':
         reason = conditions.why_not_native_local_conv(x, weight, kernel_size)
         if reason is None:
-            name = 'C kernel'  # one pass over memory in each direction
-            chosen = conditions.cpu.compiled_local_conv if compiling else conditions.cpu.LocalConvNative.apply
+            name, chosen = 'C kernel', conditions.cpu.local_conv  # one pass over memory in each direction
         elif compiling:  # fuses the taps
             refused.append(('C kernel', reason))
         else:  # in-place accumulation, no padded copy, little saved for the backward

@@ -8,20 +8,20 @@ the C files they call:
 - `batch_norm.py`: batch norm in training with what follows it in a block (`batch_norm.c`).
 - `contexts.py`: all that lies behind a CoT layer's convolutions, folded (`contexts_folded.c`) and in training
   (`contexts_training.c`).
-- `cot_layer.py`: a whole layer in training as an operator of compiled graphs.
-- `stand_ins.py`: what is made of them for CoT layers and blocks.
+- `cot_layer.py`: a whole layer in training.
+- `stand_ins.py`: what is made of them for folded layers, and for blocks in training.
 """
 from typing import Optional
 
 import torch
 
 from .build import load
-from .local_conv import MAX_KERNEL_SIZE, LocalConvNative, compiled_local_conv
-from .stand_ins import folded_cot_layer, train_bottleneck, train_cot_layer
+from .cot_layer import train_cot_layer
+from .local_conv import MAX_KERNEL_SIZE, local_conv
+from .stand_ins import folded_cot_layer, train_bottleneck
 
 __all__ = [
-    'MAX_KERNEL_SIZE', 'LocalConvNative', 'compiled_local_conv', 'folded_cot_layer', 'train_bottleneck',
-    'train_cot_layer', 'why_not']
+    'MAX_KERNEL_SIZE', 'folded_cot_layer', 'local_conv', 'train_bottleneck', 'train_cot_layer', 'why_not']
 
 
 @torch.compiler.assume_constant_result

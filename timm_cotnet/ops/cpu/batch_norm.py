@@ -14,7 +14,7 @@ from ..batch_norm import Averages, averages_of
 from ..watch import wants_plain
 from .build import call
 from .contexts import Norm
-from .local_conv import Shape
+from .local_conv import Shape, channels_last
 
 
 class _BatchNorm(ctypes.Structure):
@@ -25,9 +25,8 @@ class _BatchNorm(ctypes.Structure):
         ('relu', ctypes.c_long)]
 
     def __init__(self, norm: Norm, relu: bool, x: Tensor, **tensors: Optional[Tensor]):
-        B, C, H, W = x.shape
         pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
-        super().__init__(Shape(B, C, 1, 1, H, W, 1, 1), norm, x.data_ptr(), relu=relu, **pointers)
+        super().__init__(Shape.of(x), norm, x.data_ptr(), relu=relu, **pointers)
 
     def call(self, kernel: str) -> None:
         call(kernel, torch.float32, ctypes.byref(self))
@@ -61,7 +60,7 @@ class TrainBatchNorm(torch.autograd.Function):
         if wants_plain(grad):
             return TrainBatchNorm._differentiable_gradients(ctx, grad, out, x, weight, bias)
         # hooks may have changed what was saved
-        grad, x, out = (_channels_last(t if t is None else t.float()) for t in (grad, x, out))
+        grad, x, out = (t if t is None else channels_last(t.float()) for t in (grad, x, out))
         weight, bias, table = (t.float().contiguous() for t in (weight, bias, table))
         wants_x, _, _, wants_residual = ctx.needs_input_grad[:4]
         grad_x, grad_residual, grad_weight, grad_bias = batch_norm_backward(
@@ -123,7 +122,3 @@ def batch_norm_backward(
     _BatchNorm(
         norm, relu, x, out=out, grad=grad, grad_x=grad_x, grad_residual=grad_residual).call('batch_norm_backward')
     return grad_x, grad_residual, grad_weight, grad_bias
-
-
-def _channels_last(x: Optional[Tensor]) -> Optional[Tensor]:
-    return x if x is None else x.contiguous(memory_format=torch.channels_last)

@@ -70,8 +70,8 @@ def call(kernel: str, dtype: torch.dtype, *args) -> None:
     library = load(dtype)
     if isinstance(library, str):
         raise RuntimeError(f'timm_cotnet: no kernel {kernel} for {dtype}: {library}')
-    args = (arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
-    if getattr(library, kernel)(*args, num_threads()) != 0:
+    pointers = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]  # args keep the memory
+    if getattr(library, kernel)(*pointers, num_threads()) != 0:
         raise MemoryError(f'timm_cotnet: the kernel {kernel} found no memory to work in; use smaller batches or images')
 
 

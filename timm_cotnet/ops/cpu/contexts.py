@@ -1,21 +1,19 @@
 """All of a CoT layer behind its convolutions in C: folded for inference, and in training, channels-last.
 
-In training the norms of values and filters, the local convolution, its norm, SiLU, pooling and the mix of the contexts
-are one autograd function. It saves its three inputs (values and filters before their norms) and computes the rest again
-in the backward, where autograd would keep six tensors more.
+In training the backward needs its three inputs (values and filters before their norms) and computes the rest again,
+where autograd would keep six tensors more.
 """
 import ctypes
-from typing import Callable, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import contexts as definition  # the module, as it may be on its way to import this one
-from ..batch_norm import Averages, averages_of
-from ..watch import wants_plain
+from ..batch_norm import Averages
 from .build import call
-from .local_conv import Shape
+from .local_conv import Shape, channels_last
 
 
 class _Folded(ctypes.Structure):
@@ -48,9 +46,9 @@ class _Contexts(ctypes.Structure):
             'value', 'logits', 'key', 'out', 'pooled', 'attn', 'grad', 'pool_grad', 'act_sums', 'grad_attn', 'grad_key',
             'grad_value', 'grad_logits'))]
 
-    def __init__(self, shape: Shape, norms: Sequence[Norm], **tensors: Tensor):
-        super().__init__(shape, *norms)
-        self.set(**tensors)
+    def __init__(self, s: 'definition.ContextsSettings', norms: Sequence[Norm], value: Tensor, **tensors: Tensor):
+        super().__init__(Shape.of(value, s.num_filters, s.groups, s.kernel_size, s.dilation), *norms)
+        self.set(value=value, **tensors)
 
     def set(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
@@ -87,13 +85,11 @@ def contexts_folded(
         filter_eps: Of the group norm, whose groups are the filters.
     """
     parameters = [p.contiguous() for p in parameters]
-    value, logits, static = (t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static))
-    taps = kernel_size ** 2
-    filters = logits.shape[1] // taps
+    value, logits, static = map(channels_last, (value, logits, static))
     out = torch.empty_like(value)
+    shape = Shape.of(value, logits.shape[1] // kernel_size ** 2, groups, kernel_size, dilation)
     call(
-        'contexts_folded', value.dtype,
-        ctypes.byref(_shape(value, filters, groups, kernel_size, dilation)),
+        'contexts_folded', value.dtype, ctypes.byref(shape),
         ctypes.byref(_Folded(*(p.data_ptr() for p in parameters), filter_eps, parameters[3].shape[0])),
         value, logits, static, out)
     return out
@@ -111,99 +107,42 @@ def _(value, *args):
     return torch.empty_like(value, memory_format=torch.channels_last)
 
 
-def train_contexts(layer: nn.Module, value: Tensor, logits: Tensor, static: Tensor) -> Tensor:
-    """Output of a `CotLayer` in training from the results of its convolutions, all float32 and channels-last.
-
-    Args:
-        layer: The layer, whose norms are batch norms and a group norm with parameters, whose activation is SiLU, and
-            whose `se` is called; the running statistics of its norms are updated.
-        value: Values before their norm, (B, C, H, W), more than one of each channel.
-        logits: Filters before their norm, (B, G * k * k, H, W).
-        static: Static context, (B, C, H, W).
-    """
-    se = layer.se
-    modules = (layer.conv1x1[1], layer.embed[4], layer.bn, se[0], se[1], se[3])
-    return TrainContexts.apply(value, logits, static, layer, *(p for m in modules for p in (m.weight, m.bias)))
-
-
-class TrainContexts(torch.autograd.Function):
-    """`apply(value, logits, static, layer, *parameters)`, see `train_contexts`; parameters of `ContextsParameters`."""
-
-    @staticmethod
-    def forward(ctx, value, logits, static, layer, *parameters):
-        value_bn, group_norm, bn = layer.conv1x1[1], layer.embed[4], layer.bn
-        ctx.settings = definition.ContextsSettings(
-            layer.kernel_size, layer.dilation, layer.groups, group_norm.num_groups,
-            value_bn.eps, group_norm.eps, bn.eps, layer.se[1].eps)
-        averages = [averages_of(norm) for norm in (value_bn, bn)]
-        out, *kept = contexts_forward(value, logits, static, parameters, averages, layer.se, ctx.settings)
-        ctx.save_for_backward(value, logits, static, *kept, *parameters)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        saved, settings = ctx.saved_tensors, ctx.settings
-        if wants_plain(grad):
-            return TrainContexts._differentiable_gradients(ctx, grad, *saved[:3], *saved[8:])
-        # hooks may have changed what was saved
-        value, logits, static, grad = (
-            t.float().contiguous(memory_format=torch.channels_last) for t in (*saved[:3], grad))
-        pooled, attn, *rest = (t.float().contiguous() for t in saved[3:])
-        tables, parameters = rest[:3], rest[3:]
-        grad_value, grad_logits, grad_static, *grads = contexts_backward(
-            grad, value, logits, static, pooled, attn, rest[:3], rest[3:], settings)
-        se_grads = map(definition.gradient_like, grads[6:], saved[14:])
-        return grad_value, grad_logits, grad_static, None, *grads[:6], *se_grads
-
-    @staticmethod
-    def _differentiable_gradients(ctx, grad, *tensors):
-        with torch.enable_grad():
-            tensors = [t.view_as(t) for t in tensors]
-            out = definition.contexts(*tensors[:3], definition.ContextsParameters(*tensors[3:]), ctx.settings)
-            needed = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]]
-            wanted = [t for t, need in zip(tensors, needed) if need]
-            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        grads = [next(grads) if need else None for need in needed]
-        return *grads[:3], None, *grads[3:]
-
-
 def contexts_forward(
         value: Tensor,
         logits: Tensor,
         static: Tensor,
         parameters: Sequence[Tensor],
         averages: Sequence[Averages],
-        se: Callable[[Tensor], Tensor],
         s: 'definition.ContextsSettings',
 ) -> Tuple[Tensor, ...]:
-    """`TrainContexts` without a gradient, and what its backward needs: pooled contexts, their weights and three tables.
+    """The contexts in training, and what the backward needs: pooled contexts, their weights and three tables.
+
+    All are float32, and images channels-last.
 
     Args:
-        value: As for `train_contexts`, like the next two.
-        logits: Filters before their norm.
-        static: Static context.
+        value: Values before their norm, (B, C, H, W), more than one of each channel.
+        logits: Filters before their norm, (B, G * k * k, H, W).
+        static: Static context, (B, C, H, W).
         parameters: Those of `ContextsParameters`.
-        averages: Running statistics of the norms of values and local convolution, which are updated.
-        se: Makes logits of the mix, two for each channel, of the pooled contexts, (B, C, 1, 1).
+        averages: Running statistics of the norms of values, local convolution and mix, which are updated.
         s: Numbers.
     """
     B, C = value.shape[:2]
     tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
     out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
     weights, biases = parameters[:6:2], parameters[1:6:2]
-    of_value, of_dynamic = averages
+    of_value, of_dynamic, of_mix = averages
     norms = [
         Norm(s.value_eps, of_value.momentum, tables[0], weight=weights[0], bias=biases[0],
              running_mean=of_value.mean, running_var=of_value.var),
         Norm(s.filter_eps, 0., tables[1], weight=weights[1], bias=biases[1]),
         Norm(s.eps, of_dynamic.momentum, tables[2], weight=weights[2], bias=biases[2],
              running_mean=of_dynamic.mean, running_var=of_dynamic.var)]
-    native = _Contexts(
-        _training_shape(value, s), norms, value=value, logits=logits, key=static, out=out, pooled=pooled)
+    native = _Contexts(s, norms, value, logits=logits, key=static, out=out, pooled=pooled)
     native.call('contexts_forward')
     for average in averages:
         average.tracked.add_(1)
-    attn = _static_weight(se(pooled))
+    attn = _static_weight(pooled, parameters[6:], of_mix, s.se_eps)
     native.set(attn=attn)
     native.call('contexts_mix')
     return out, pooled, attn, *tables
@@ -230,9 +169,8 @@ def contexts_backward(
              grad_weight=norm_grads[2 * i], grad_bias=norm_grads[2 * i + 1])
         for i, eps in enumerate((s.value_eps, s.filter_eps, s.eps))]
     native = _Contexts(
-        _training_shape(value, s), norms, value=value, logits=logits, key=static, out=out, attn=attn,
-        grad=grad, act_sums=act_sums, grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value,
-        grad_logits=grad_logits)
+        s, norms, value, logits=logits, key=static, out=out, attn=attn, grad=grad, act_sums=act_sums,
+        grad_attn=grad_attn, grad_key=grad_static, grad_value=grad_value, grad_logits=grad_logits)
     native.call('contexts_recompute')
     grad_pooled, *se_grads = _se_gradients(pooled, attn, parameters[6:], s.se_eps, grad_attn)
     pool_grad = grad_pooled / value[0, 0].numel()
@@ -241,27 +179,20 @@ def contexts_backward(
     return [grad_value, grad_logits, grad_static, *norm_grads, *se_grads]
 
 
-def _shape(value: Tensor, filters: int, groups: int, kernel_size: int, dilation: int) -> Shape:
-    B, C, H, W = value.shape
-    return Shape(B, C, filters, groups, H, W, kernel_size, dilation)
-
-
-def _training_shape(value: Tensor, s: 'definition.ContextsSettings') -> Shape:
-    return _shape(value, s.num_filters, s.groups, s.kernel_size, s.dilation)
-
-
-def _static_weight(logits: Tensor) -> Tensor:
-    """Softmax over the (dynamic, static) logits of each channel: weight of the static context, (B, C, 1, 1)."""
-    B, C = logits.shape[0], logits.shape[1] // 2
-    logits = logits.view(B, C, 2)
-    return (logits[:, :, 1] - logits[:, :, 0]).sigmoid().view(B, C, 1, 1)
+def _static_weight(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tensor:
+    """Weight of the static context: softmax over the (dynamic, static) logits of each channel, (B, C, 1, 1)."""
+    weight1, bias1, weight, bias, weight2, bias2 = parameters
+    hidden = F.linear(pooled.flatten(1), weight1.flatten(1), bias1)  # takes less time than convolutions of one pixel
+    hidden = F.batch_norm(hidden, averages.mean, averages.var, weight, bias, True, averages.momentum, eps)
+    logits = F.linear(hidden.relu_(), weight2.flatten(1), bias2).unflatten(1, (-1, 2))
+    return (logits[..., 1] - logits[..., 0]).sigmoid().view_as(pooled)
 
 
 def _se_gradients(pooled: Tensor, attn: Tensor, parameters: Sequence[Tensor], eps: float, grad: Tensor) -> List[Tensor]:
     """Gradients of the pooled contexts and of the parameters of what makes the weights of the mix."""
     weight1, bias1, weight, bias, weight2, _ = parameters
     rows = pooled.flatten(1)
-    x = F.linear(rows, weight1.flatten(1), bias1)  # takes less time than a convolution of one pixel
+    x = F.linear(rows, weight1.flatten(1), bias1)
     hidden, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0., eps)
     hidden.relu_()
     grad = (grad * attn * (1 - attn)).flatten(1)

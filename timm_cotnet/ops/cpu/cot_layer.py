@@ -1,6 +1,7 @@
-"""A CoT layer in training on the CPU as an operator of compiled graphs: float32, channels-last.
+"""A CoT layer in training on the CPU, float32 and channels-last: PyTorch's convolutions, and kernels for the rest.
 
-Gradients of 1x1 convolutions are products of matrices, as in `pointwise.py`.
+The convolution of two concatenated tensors is the sum of two. Gradients of 1x1 convolutions are products of matrices,
+as in `pointwise.py`.
 """
 from typing import List, Optional, Sequence, Tuple
 
@@ -9,28 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import contexts as definition  # the module, as it may be on its way to import this one
-from ..batch_norm import Averages
 from ..compiled import LayerOperator
-from ..cot_layer import Parameters, Settings, TrainingParameters
+from ..cot_layer import Settings, TrainingParameters, grouped
 from .batch_norm import batch_norm_backward, batch_norm_forward
 from .contexts import contexts_backward, contexts_forward
+from .local_conv import channels_last
 
 
 def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple[Tensor, ...]:
     """Output of a layer for an x that is dense in channels-last, and what `layer_backward` needs."""
-    p, groups = _parameters(parameters), s.contexts.groups
-    static_in = _dense(F.conv2d(x, p.key, None, 1, s.key_padding, s.key_dilation, s.key_groups))
+    p, groups = grouped(parameters), s.contexts.groups
+    static_in = channels_last(F.conv2d(x, p.key, None, 1, s.key_padding, s.key_dilation, s.key_groups))
     static, key_table = batch_norm_forward(static_in, p.key_weight, p.key_bias, s.key_averages, s.key_eps)
     of_query, of_key = _query_key(p.first, groups)
-    hidden_in = _dense(F.conv2d(x, of_query, groups=groups).add_(F.conv2d(static, of_key, groups=groups)))
+    hidden_in = channels_last(F.conv2d(x, of_query, groups=groups).add_(F.conv2d(static, of_key, groups=groups)))
     hidden, first_table = batch_norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
-    logits = _dense(F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups))
-    value = _dense(F.conv2d(x, p.value, groups=groups))
-
-    def se(pooled: Tensor) -> Tensor:
-        return _attend(pooled, p.rest, s.averages[2], s.contexts.se_eps)
-
-    out, *kept = contexts_forward(value, logits, static, _of_contexts(p.rest), s.averages[:2], se, s.contexts)
+    logits = channels_last(F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups))
+    value = channels_last(F.conv2d(x, p.value, groups=groups))
+    out, *kept = contexts_forward(value, logits, static, _of_contexts(p.rest), s.averages, s.contexts)
     return out, static_in, static, key_table, hidden_in, hidden, first_table, value, logits, *kept
 
 
@@ -44,30 +41,32 @@ def layer_backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of x and the parameters; None of an x or of filters of which none is needed."""
     need_x, need_key, _, _, need_first, _, _, need_attn, need_value, *_ = needed
-    p, groups = _parameters(parameters), s.contexts.groups
-    grad, x, *kept = (_dense(t) if t.ndim == 4 else t.contiguous() for t in (grad, x, *kept))
+    # hooks may have changed what was saved
+    p, groups = grouped([t.float() for t in parameters]), s.contexts.groups
+    grad, x, *kept = (channels_last(t.float()) if t.ndim == 4 else t.float().contiguous() for t in (grad, x, *kept))
     static_in, static, key_table, hidden_in, hidden, first_table, value, logits, pooled, attn, *tables = kept
-    grad_value, grad_logits, grad_static, *rest = contexts_backward(
-        grad, value, logits, static, pooled, attn, tables, _of_contexts(p.rest), s.contexts)
-    rest.insert(2, grad_logits.sum((0, 2, 3)))
-    of_query, of_key = _query_key(p.first, groups)
-    grad_attn = _filter_grad(grad_logits, hidden, p.attn, groups) if need_attn else None
-    grad_hidden, _, *first_grads = batch_norm_backward(
-        _input_grad(grad_logits, p.attn, groups), hidden_in, p.first_weight, p.first_bias, first_table, s.first_eps)
-    grad_static = _input_grad(grad_hidden, of_key, groups, grad_static)
-    grad_first = None
-    if need_first:
-        of_both = _filter_grad(grad_hidden, x, of_query, groups), _filter_grad(grad_hidden, static, of_key, groups)
-        grad_first = torch.cat(of_both, 1) if groups == 1 else torch.stack(of_both, 2).flatten(1, 2)
-    grad_static, _, *key_grads = batch_norm_backward(
-        grad_static, static_in, p.key_weight, p.key_bias, key_table, s.key_eps)
-    grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
-        grad_static, x, p.key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0], s.key_groups,
-        [need_x, need_key, False])
-    if need_x:
-        grad_x = _input_grad(grad_hidden, of_query, groups, _dense(grad_x))
-        grad_x = _input_grad(grad_value, p.value, groups, grad_x)
-    grad_value = _filter_grad(grad_value, x, p.value, groups) if need_value else None
+    with torch.autocast('cpu', enabled=False):
+        grad_value, grad_logits, grad_static, *rest = contexts_backward(
+            grad, value, logits, static, pooled, attn, tables, _of_contexts(p.rest), s.contexts)
+        rest.insert(2, grad_logits.sum((0, 2, 3)))
+        of_query, of_key = _query_key(p.first, groups)
+        grad_attn = _filter_grad(grad_logits, hidden, p.attn, groups) if need_attn else None
+        grad_hidden, _, *first_grads = batch_norm_backward(
+            _input_grad(grad_logits, p.attn, groups), hidden_in, p.first_weight, p.first_bias, first_table, s.first_eps)
+        grad_static = _input_grad(grad_hidden, of_key, groups, grad_static)
+        grad_first = None
+        if need_first:
+            of_both = _filter_grad(grad_hidden, x, of_query, groups), _filter_grad(grad_hidden, static, of_key, groups)
+            grad_first = torch.cat(of_both, 1) if groups == 1 else torch.stack(of_both, 2).flatten(1, 2)
+        grad_static, _, *key_grads = batch_norm_backward(
+            grad_static, static_in, p.key_weight, p.key_bias, key_table, s.key_eps)
+        grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
+            grad_static, x, p.key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0], s.key_groups,
+            [need_x, need_key, False])
+        if need_x:
+            grad_x = _input_grad(grad_hidden, of_query, groups, channels_last(grad_x))
+            grad_x = _input_grad(grad_value, p.value, groups, grad_x)
+        grad_value = _filter_grad(grad_value, x, p.value, groups) if need_value else None
     grads = [grad_key, *key_grads, grad_first, *first_grads, grad_attn, grad_value, *rest]
     return [grad_x, *(
         None if g is None else definition.gradient_like(g.view(t.shape), t) for g, t in zip(grads, parameters))]
@@ -75,7 +74,7 @@ def layer_backward(
 
 def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tensor]:
     """Empty tensors like those that `layer_forward` keeps."""
-    p = _parameters(parameters)
+    p = grouped(parameters)
     (B, C, H, W), N, hidden = x.shape, len(p.rest.filter_weight), len(p.first_weight)
 
     def images(channels: int) -> Tensor:
@@ -87,23 +86,11 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
         x.new_empty(4, C)]
 
 
-OPERATOR = LayerOperator('train_cot_layer_on_cpu', layer_forward, layer_backward, like_kept)
-
-
-def _parameters(parameters: Sequence[Tensor]) -> Parameters:
-    return Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
+train_cot_layer = LayerOperator('train_cot_layer_on_cpu', layer_forward, layer_backward, like_kept)
 
 
 def _of_contexts(rest: TrainingParameters) -> 'definition.ContextsParameters':
     return definition.ContextsParameters(*rest[:2], *rest[3:])
-
-
-def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: float) -> Tensor:
-    """Logits of the mix, (B, 2 * C)."""
-    hidden = F.linear(pooled.flatten(1), p.se_weight1.flatten(1), p.se_bias1)
-    hidden = F.batch_norm(
-        hidden, averages.mean, averages.var, p.se_norm_weight, p.se_norm_bias, True, averages.momentum, eps)
-    return F.linear(F.relu(hidden), p.se_weight2.flatten(1), p.se_bias2)
 
 
 def _query_key(weight: Tensor, groups: int) -> Sequence[Tensor]:
@@ -120,7 +107,7 @@ def _input_grad(grad: Tensor, weight: Tensor, groups: int, addend: Optional[Tens
         B, _, H, W = grad.shape
         return (_rows(grad) @ weight.flatten(1)).view(B, H, W, -1).permute(0, 3, 1, 2)
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *grad.shape[2:])
-    out = _dense(_gradients(grad, x, weight, groups, [True, False, False])[0])
+    out = channels_last(_gradients(grad, x, weight, groups, [True, False, False])[0])
     return out if addend is None else addend.add_(out)
 
 
@@ -139,7 +126,3 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: Lis
 def _rows(x: Tensor) -> Tensor:
     """(B, C, H, W), channels-last, as a matrix of pixels: (B * H * W, C)."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

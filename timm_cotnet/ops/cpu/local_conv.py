@@ -1,4 +1,4 @@
-"""The local convolution of channels-last tensors and its gradients, in C."""
+"""The local convolution of channels-last tensors and its gradients in C, as operators, which graphs hold too."""
 import ctypes
 from typing import Tuple
 
@@ -17,94 +17,47 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in (
         'batch', 'channels', 'groups', 'slices', 'height', 'width', 'kernel_size', 'dilation')]
 
-
-def local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """The local convolution, without a gradient: (B, C, H, W) -> (B, C, H, W), channels-last.
-
-    Args:
-        x: Values, (B, C, H, W), channels-last, float32 or bfloat16.
-        weight: Filters, (B, G, k * k, H, W), of which `permute(0, 3, 4, 1, 2)` is contiguous; of x's dtype.
-        kernel_size: k, odd, at most `MAX_KERNEL_SIZE`.
-        dilation: Distance between the taps of a filter, in pixels.
-    """
-    out = torch.empty_like(x)
-    call('local_conv', x.dtype, _shape(x, weight, kernel_size, dilation), x, weight, out)
-    return out
-
-
-def local_conv_backward(
-        grad: Tensor, x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tuple[Tensor, Tensor]:
-    """Gradients of x and weight, in their layouts.
-
-    Args:
-        grad: Gradient of the output, (B, C, H, W), channels-last, float32 like all others.
-        x: Values, as for `local_conv`.
-        weight: Filters, as for `local_conv`.
-        kernel_size: k, odd, at most `MAX_KERNEL_SIZE`.
-        dilation: Distance between the taps of a filter, in pixels.
-    """
-    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-    call(
-        'local_conv_backward', x.dtype, _shape(x, weight, kernel_size, dilation), grad, x, weight, grad_x, grad_weight)
-    return grad_x, grad_weight
-
-
-def _shape(x: Tensor, weight: Tensor, kernel_size: int, dilation: int):
-    (B, C, H, W), groups = x.shape, weight.shape[1]
-    return ctypes.byref(Shape(B, C, groups, 1, H, W, kernel_size, dilation))
-
-
-class LocalConvNative(LocalConvShifted):
-    """`apply(x, weight, kernel_size, dilation)` for tensors as `local_conv` takes them."""
-
-    @staticmethod
-    def forward(x, weight, kernel_size, dilation):
-        return local_conv(x, weight, kernel_size, dilation)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        if (
-                wants_plain(grad)
-                or not all(ctx.needs_input_grad[:2])
-                or not x.dtype == weight.dtype == grad.dtype == torch.float32
-                or not x.is_contiguous(memory_format=torch.channels_last)  # hooks may change saved tensors
-                or not weight.permute(0, 3, 4, 1, 2).is_contiguous()
-        ):
-            return LocalConvShifted.gradients(ctx, grad, x, weight)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        return *local_conv_backward(grad, x, weight, ctx.kernel_size, ctx.dilation), None, None
-
-
-# What compiled graphs hold
-
-
-def compiled_local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """`local_conv` as operator of a graph, with a gradient: x and weight may have any strides."""
-    return _operator(x, weight, kernel_size, dilation)
+    @classmethod
+    def of(cls, x: Tensor, groups: int = 1, slices: int = 1, kernel_size: int = 1, dilation: int = 1) -> 'Shape':
+        B, C, H, W = x.shape
+        return cls(B, C, groups, slices, H, W, kernel_size, dilation)
 
 
 @torch.library.custom_op('timm_cotnet::local_conv_on_cpu', mutates_args=())
-def _operator(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    return _like(local_conv(_dense(x), _dense_filters(weight), kernel_size, dilation), x)
+def local_conv(x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """The local convolution, with a gradient: (B, C, H, W) -> (B, C, H, W), in memory like x.
+
+    Args:
+        x: Values, (B, C, H, W), best channels-last, float32 or bfloat16.
+        weight: Filters, (B, G, k * k, H, W), of which `permute(0, 3, 4, 1, 2)` is best contiguous; of x's dtype.
+        kernel_size: k, odd, at most `MAX_KERNEL_SIZE`.
+        dilation: Distance between the taps of a filter, in pixels.
+    """
+    dense, filters = channels_last(x), _dense_filters(weight)
+    out, shape = torch.empty_like(dense), Shape.of(x, weight.shape[1], 1, kernel_size, dilation)
+    call('local_conv', x.dtype, ctypes.byref(shape), dense, filters, out)
+    return _like(out, x)
 
 
-@_operator.register_fake
+@local_conv.register_fake
 def _(x, weight, kernel_size, dilation):
     return torch.empty_like(x)
 
 
 @torch.library.custom_op('timm_cotnet::local_conv_on_cpu_backward', mutates_args=())
-def _backward_operator(
+def local_conv_backward(
         grad: Tensor, x: Tensor, weight: Tensor, kernel_size: int, dilation: int) -> Tuple[Tensor, Tensor]:
-    if x.dtype == torch.float32:
-        grads = local_conv_backward(_dense(grad), _dense(x), _dense_filters(weight), kernel_size, dilation)
-    else:
-        grads = input_grad(grad, x, weight, kernel_size, dilation), weight_grad(grad, x, weight, kernel_size, dilation)
-    return _like(grads[0], x), _like(grads[1], weight)
+    """Gradients of x and weight, in their layouts; the kernel is for float32 alone."""
+    if not grad.dtype == x.dtype == weight.dtype == torch.float32:
+        return input_grad(grad, x, weight, kernel_size, dilation), weight_grad(grad, x, weight, kernel_size, dilation)
+    dense, filters = channels_last(x), _dense_filters(weight)
+    grad_x, grad_weight = torch.empty_like(dense), torch.empty_like(filters)
+    shape = Shape.of(x, weight.shape[1], 1, kernel_size, dilation)
+    call('local_conv_backward', x.dtype, ctypes.byref(shape), channels_last(grad), dense, filters, grad_x, grad_weight)
+    return _like(grad_x, x), _like(grad_weight, weight)
 
 
-@_backward_operator.register_fake
+@local_conv_backward.register_fake
 def _(grad, x, weight, kernel_size, dilation):
     return torch.empty_like(x), torch.empty_like(weight)
 
@@ -113,18 +66,13 @@ def _gradients(ctx, grad: Tensor):
     x, weight = ctx.saved_tensors
     if wants_plain(grad):
         return LocalConvShifted.gradients(ctx, grad, x, weight)
-    return *_backward_operator(grad, x, weight, ctx.kernel_size, ctx.dilation), None, None
+    return *local_conv_backward(grad, x, weight, ctx.kernel_size, ctx.dilation), None, None
 
 
-def _save(ctx, inputs: Tuple, output: Tensor) -> None:
-    x, weight, ctx.kernel_size, ctx.dilation = inputs
-    ctx.save_for_backward(x, weight)
+local_conv.register_autograd(_gradients, setup_context=LocalConvShifted.setup_context)
 
 
-_operator.register_autograd(_gradients, setup_context=_save)
-
-
-def _dense(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""What stands in for CoT layers and blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
+"""What stands in for folded CoT layers and for blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
 from typing import Optional
 
 import torch
@@ -6,34 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..onednn import run_conv2d
-from ..pointwise import pointwise, run_pointwise
+from ..pointwise import run_pointwise
 from .batch_norm import train_batch_norm
-from .contexts import contexts_folded, train_contexts
-from .cot_layer import OPERATOR
-
-
-def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """A `CotLayer` or `CoxtLayer` in training, (B, dim, H, W) -> (B, dim, H, W), float32 and channels-last.
-
-    The key convolution is the module's own. That of two concatenated tensors is the sum of two. What is compiled gets
-    the whole layer as one operator, of an x in any memory format.
-    """
-    if torch.compiler.is_compiling():
-        return OPERATOR(layer, x)
-    conv, norm, _ = layer.key_embed
-    static = _norm_act(conv(x), norm)
-    conv, norm, _, attn, _ = layer.embed
-    weight = conv.weight
-    if layer.groups == 1:
-        query, key = weight.split(conv.in_channels // 2, 1)
-        hidden = pointwise(x, query).add_(pointwise(static, key))
-    else:
-        # the backward of as_strided gives the gradient the strides of its parameter, as distributed training wants it
-        weight = weight.as_strided(weight.shape, (weight.shape[1], 1, 1, 1))
-        query, key = weight[:, 0::2], weight[:, 1::2]
-        hidden = F.conv2d(x, query, groups=layer.groups) + F.conv2d(static, key, groups=layer.groups)
-    value, logits = run_pointwise(layer.conv1x1[0], x), run_pointwise(attn, _norm_act(hidden, norm))
-    return train_contexts(layer, value, logits, static)
+from .contexts import contexts_folded
 
 
 def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""A CoT layer in training on a GPU as one autograd function: few launches, and little work for the host.
+"""A CoT layer in training on a GPU: few launches, and little work for the host.
 
-In compiled graphs it is one operator. 1x1 convolutions are matrix products of rows, a pixel each. The convolution of
-two concatenated tensors is the sum of two. Filters with groups become filters without, zeros between the groups, which
-takes less time in half precision.
+1x1 convolutions are matrix products of rows, a pixel each. The convolution of two concatenated tensors is the sum of
+two. Filters with groups become filters without, zeros between the groups, which takes less time in half precision.
 """
 from typing import List, Optional, Sequence, Tuple
 
@@ -12,50 +11,16 @@ from torch import Tensor, nn
 
 from ..compiled import LayerOperator
 from ..contexts import ContextsSettings, gradient_like
-from ..cot_layer import (
-    Parameters, Settings, TrainingParameters, differentiable_gradients, parameters_of, settings_of)
-from ..watch import wants_plain
+from ..cot_layer import Parameters, Settings, grouped
 from .contexts import se_forward, tap_by_tap, train_backward, train_forward
 from .norm import norm_again, norm_backward, norm_forward
 
 _FEW = 16  # channels of a group, up to which cuDNN takes longer than for a convolution without groups
 
 
-def train_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """A `CotLayer` or `CoxtLayer` in training, (B, dim, H, W) -> (B, dim, H, W), in the memory format of x."""
-    if torch.compiler.is_compiling():
-        return OPERATOR(layer, x)
-    settings = settings_of(layer, x)
-    # converted out here, so that a second derivative knows where it comes from
-    out = TrainCotLayer.apply(
-        x.to(settings.dtype, memory_format=torch.channels_last), settings, *parameters_of(layer))
-    return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
-
-
-class TrainCotLayer(torch.autograd.Function):
-    """`apply(x, settings, *parameters)`, those of `Parameters` in one row; x is dense in channels-last."""
-
-    @staticmethod
-    def forward(ctx, x, settings, *parameters):
-        mixed, *kept = layer_forward(x, parameters, settings)
-        ctx.settings = settings
-        ctx.save_for_backward(*parameters, x, *kept)
-        return mixed
-
-    @staticmethod
-    def backward(ctx, grad):
-        parameters, (x, *kept) = ctx.saved_tensors[:21], ctx.saved_tensors[21:]
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-        if wants_plain(grad):
-            grad_x, *grads = differentiable_gradients(grad, x, parameters, needed, ctx.settings)
-        else:
-            grad_x, *grads = layer_backward(grad, x, parameters, kept, needed, ctx.settings)
-        return grad_x, None, *grads
-
-
 def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple[Tensor, ...]:
     """Output of a layer for an x that is dense in channels-last, and what `layer_backward` needs."""
-    p = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
+    p = grouped(parameters)
     with torch.autocast(x.device.type, enabled=False):
         key, groups = _grouped_weight(p.key.to(s.dtype), s.key_groups)
         static_in = _channels_last(F.conv2d(x, key, None, 1, s.key_padding, s.key_dilation, groups))
@@ -78,7 +43,7 @@ def layer_backward(
 ) -> List[Optional[Tensor]]:
     """Gradients of x and the parameters; None of an x or of filters of which none is needed."""
     need_x, need_key, _, _, need_first, _, _, need_attn, need_value, *_ = needed
-    p = Parameters(*parameters[:8], TrainingParameters(*(t.contiguous() for t in parameters[8:])))
+    p = grouped(parameters)
     # hooks may have changed what was saved
     grad, x, *kept = (_dense(t) for t in (grad.to(s.dtype), x, *kept))
     static_in, key_table, hidden_in, first_table, value, logits, *kept = kept
@@ -118,7 +83,7 @@ def layer_backward(
 
 def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tensor]:
     """Empty tensors like those that `layer_forward` keeps."""
-    p = Parameters(*parameters[:8], TrainingParameters(*parameters[8:]))
+    p = grouped(parameters)
     (B, C, H, W), N, hidden = x.shape, len(p.rest.filter_weight), len(p.first_weight)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -135,7 +100,7 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
         images(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), *attn]
 
 
-OPERATOR = LayerOperator('train_cot_layer', layer_forward, layer_backward, like_kept)
+train_cot_layer = LayerOperator('train_cot_layer', layer_forward, layer_backward, like_kept)
 
 
 def _conv1x1(x: Tensor, filters: Tensor, addend: Optional[Tensor] = None) -> Tensor:
