@@ -8,7 +8,6 @@ from torch import nn
 
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
-from timm_cotnet.ops.reference import local_conv_reference
 from timm_cotnet.ops.shifted import LocalConvShifted
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
