@@ -1,11 +1,16 @@
 """What several test files use: modules and inputs, comparisons, and a wing of CPU kernels in plain PyTorch."""
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import timm_cotnet
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.shifted import LocalConvShifted
@@ -198,3 +203,11 @@ def threads_set(threads):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run_python(*args, **kwargs):
+    """What a process of Python prints, with this package on its path; it has to succeed."""
+    env = {**os.environ, 'PYTHONPATH': str(Path(timm_cotnet.__file__).parents[1]), **kwargs.pop('env', {})}
+    result = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

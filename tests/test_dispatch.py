@@ -1,29 +1,24 @@
-"""The seam: what may stand in for a module or an operator, the reasons why not, and what `explain` tells of both."""
+"""The seam: what may stand in for a module or an operator, and the reasons why not."""
 import copy
-import io
 import os
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_cotnet
-from timm_cotnet import CoTAttention, CotLayer, explain, local_conv
+from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.dispatch import Choice, StandIn, choose_local_conv, known_as, recorded, stand_in
 
-from helpers import FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, plain_wing
+from helpers import FORMATS, MODULES, Lora, create, has_kernels, image, implementations, plain_wing, run_python
 
 PACKAGE = Path(timm_cotnet.__file__).parent
 OWN = 'its own modules'
@@ -453,157 +448,6 @@ def test_float64_runs_in_its_own_modules(name, plain):
         assert not plain or not wing.called
 
 
-# Captured graphs
-
-
-def captured(how, module, x):
-    """The module as a graph, its text, and what runs it."""
-    if how == 'script':
-        graph = torch.jit.script(copy.deepcopy(module))
-        return str(torch.jit.freeze(graph.eval()).graph), graph
-    if how == 'trace':
-        graph = torch.jit.trace(module, x, check_trace=False)  # a check runs the module once more
-        return str(graph.inlined_graph), graph
-    if how == 'fx':
-        graph = torch.fx.symbolic_trace(module)
-        return graph.code, graph
-    if how == 'make_fx':
-        graph = make_fx(module)(x)
-        return graph.code, graph
-    if how == 'export':
-        program = torch.export.export(module, (x,))
-        return str(program), program.module()
-    return '', torch.compile(module, fullgraph=True, backend='aot_eager')
-
-
-@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('how', ['script', 'trace', 'fx', 'make_fx', 'export', 'compile'])
-@pytest.mark.parametrize('folded', [False, True])
-@pytest.mark.parametrize('name', MODULES)
-def test_captured(name, folded, how):
-    """Equal, also on another image, and of plain operators that need nothing of this package later."""
-    torch._dynamo.reset()
-    module = create(name).eval()
-    expected_module = copy.deepcopy(module).double()
-    if folded:
-        module = fold(module)
-    x, other = image(3, MODULES[name][1]), image(3, MODULES[name][1], memory_format=torch.channels_last, seed=5)
-    with torch.no_grad():
-        text, graph = captured(how, module, x)
-        assert 'timm_cotnet::' not in text and 'ops.timm_cotnet' not in text
-        assert bool(text) == (how != 'compile')
-        for picture in (x,) if how == 'make_fx' else (x, other):  # which keeps the strides of x
-            assert difference(graph(picture), expected_module(picture.double())) < 1e-5
-
-
-@pytest.mark.parametrize('name', MODULES)
-def test_compiled_training(name):
-    torch._dynamo.reset()
-    module = create(name).train()
-    results = []
-    for part, dtype in ((torch.compile(copy.deepcopy(module), fullgraph=True, backend='aot_eager'), torch.float32),
-                        (copy.deepcopy(module).double(), torch.float64)):
-        x = image(4, MODULES[name][1], memory_format=torch.channels_last, dtype=dtype).requires_grad_()
-        out = part(x)
-        out.square().sum().backward()
-        results.append((out, x.grad, *(b for b in part.buffers())))
-    assert all(difference(actual, expected) < 1e-4 for actual, expected in zip(*results))
-
-
-@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('how', ['trace', 'make_fx', 'export', 'script', 'fx'])
-def test_captured_with_kernels_at_hand(how):
-    """None of them is called while a graph is made."""
-    x = channels_last(3, 32, 6, 7)
-    for module in (create('CotLayer').train(), folded_modules()[FOLDED]):
-        training = module.training
-        with plain_wing() as wing, torch.set_grad_enabled(training):
-            captured(how, module, x)
-        assert not wing.called
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting: plain')
-@torch.no_grad()
-@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer', 'CotBottleneck', 'SplitAttnBottleneck'])
-def test_compiled_with_kernels_at_hand(name):
-    """Folded modules become one graph, which is made anew when a hook is set."""
-    torch._dynamo.reset()
-    module = create(name).eval()
-    folded = fold(module)
-    x = channels_last(3, MODULES[name][1], 6, 7)
-    with plain_wing() as wing:
-        compiled = torch.compile(folded, fullgraph=True, backend='aot_eager')
-        assert difference(compiled(x), copy.deepcopy(module).double()(x.double())) < 1e-5
-        assert wing.called or name == 'SplitAttnBottleneck'
-        folded.get_submodule('act3' if 'Bottleneck' in name else 'key_embed').register_forward_hook(
-            lambda module, args, out: 1.5 * out)
-        assert difference(compiled(x), copy.deepcopy(folded).double()(x.double())) < 1e-5
-
-
-# What `explain` tells
-
-
-def test_explain_names_layers_and_reasons():
-    model = timm.create_model('test_cotnet').eval()
-    out = io.StringIO()
-    with plain_wing(), torch.no_grad():
-        assert explain(reparameterize_model(model), channels_last(2, 3, 64, 64), file=out) is None
-    lines = out.getvalue().splitlines()
-    width = len('layer1.0.conv2')
-    for stage in range(1, 5):
-        assert f'{f"layer{stage}":{width}}  packed convolutions, in place' in lines
-        assert f'layer{stage}.0.conv2  {FOLDED}' in lines
-    assert not [line for line in lines if ' not ' in line]
-
-    out = io.StringIO()
-    with plain_wing(), torch.no_grad():
-        explain(model, channels_last(2, 3, 64, 64), file=out)
-    lines = out.getvalue().splitlines()
-    assert len([line for line in lines if line.endswith(f'conv2  {OWN}')]) == 4
-    assert f'{"":{width}}    not {TRAIN}: no gradient is wanted (torch.no_grad)' in lines
-    assert f'{"":{width}}  local convolution by C kernel' in lines
-
-
-def test_explain_without_the_folder(monkeypatch, capsys):
-    monkeypatch.setattr(conditions, 'cpu', None)
-    explain(CotLayer(16), channels_last(2, 16, 4, 5))
-    assert capsys.readouterr().out.splitlines() == [
-        f'CotLayer  {OWN}',
-        f'{"":8}    not {TRAIN}: the package has no folder ops/cpu',
-        f'{"":8}  local convolution by shifted slices',
-        f'{"":8}    not C kernel: the package has no folder ops/cpu',
-    ]
-    explain(nn.ReLU(), torch.ones(1))
-    assert capsys.readouterr().out == 'no layer of timm_cotnet was called\n'
-    explain(CoTAttention(16), torch.ones(2, 16, 4, 5))
-    assert capsys.readouterr().out == 'CoTAttention  averaged filters\n'
-
-
-def run(*args, **kwargs):
-    env = {**os.environ, 'PYTHONPATH': str(PACKAGE.parent), **kwargs.pop('env', {})}
-    result = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300, **kwargs)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.mark.slow
-def test_explain_command(capsys):
-    lines = run('-m', 'timm_cotnet.explain', 'test_cotnet', '--reparam', '--img-size', '64').splitlines()
-    assert len([line for line in lines if re.match(r'layer\d\.0\.conv2  ', line)]) == 4
-    assert len([line for line in lines if re.match(r'layer\d +\S', line)]) == 4
-    from timm_cotnet.explain import main
-    for args in (['test_cotnet', '--train'], ['test_cotnet', '--dtype', 'bfloat16', '--contiguous'],
-                 ['test_cotnet', '--reparam', '--amp']):
-        assert main(args) == 0
-        assert len(re.findall(r'^layer\d\.0\.conv2  ', capsys.readouterr().out, re.MULTILINE)) == 4
-    for args, message in ((['resnet1000'], "timm knows no model 'resnet1000'"),
-                          (['test_cotnet', '--reparam', '--train'], '--reparam is for evaluation')):
-        with pytest.raises(SystemExit):
-            main(args)
-        assert message in capsys.readouterr().err
-
-
 # The package by itself
 
 
@@ -642,7 +486,7 @@ def test_package_without_its_folder_of_kernels(tmp_path):
     assert not (tmp_path / 'timm_cotnet' / 'ops' / 'cpu').exists()
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
     code = WITHOUT_FOLDER.format(folder=str(tmp_path))
-    assert run('-c', code, env={'PYTHONPATH': paths}, cwd=tmp_path) == 'good\n'
+    assert run_python('-c', code, env={'PYTHONPATH': paths}, cwd=tmp_path) == 'good\n'
 
 
 AGAIN = '''
@@ -669,4 +513,4 @@ print('good')
 
 @pytest.mark.slow
 def test_imported_again():
-    assert run('-c', AGAIN) == 'good\n'
+    assert run_python('-c', AGAIN) == 'good\n'

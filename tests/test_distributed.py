@@ -61,8 +61,8 @@ def test_killed_process_ends_the_run_and_resumed_it_is_as_undisturbed(tmp_path):
         return torchrun(
             'train', tmp_path, SCRIPTS, '--data-dir', str(digits), '--val-split', '', '--model', 'test_cotnet',
             '--num-classes', '10', '--device', 'cpu', '--workers', '1', '--batch-size', '16', '--no-aug',
-            '--img-size', '32', '--lr', '0.01', '--epochs', '2', '--warmup-epochs', '0', '--model-ema', '--output', str(tmp_path),
-            '--experiment', name, *args, env=env)
+            '--img-size', '32', '--lr', '0.01', '--epochs', '2', '--warmup-epochs', '0', '--model-ema',
+            '--output', str(tmp_path), '--experiment', name, *args, env=env)
 
     assert train('undisturbed').returncode == 0
     start = time.monotonic()

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden import filled, golden_input, load
 from helpers import FORMAT_NAMES, FORMATS, image
 from triton_helpers import (

@@ -1,6 +1,5 @@
 """What is moved on a GPU, counted on the meta device: the counter knows all kernels, and nothing grows back."""
 import importlib
-import inspect
 from pathlib import Path
 
 import pytest

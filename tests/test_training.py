@@ -32,8 +32,8 @@ def digits(tmp_path_factory):
 def test_learns(way, digits, tmp_path, monkeypatch):
     rows = run_train_script(
         monkeypatch, tmp_path, '--data-dir', str(digits), '--model', 'test_cotnet', '--pretrained',
-        '--num-classes', '10', '--head-init-scale', '0', '--epochs', '1', '--warmup-epochs', '0', '--no-aug', '--opt', 'adamw', '--lr', '2e-3',
-        '--batch-size', '64', '--smoothing', '0', *WAYS[way])
+        '--num-classes', '10', '--head-init-scale', '0', '--epochs', '1', '--warmup-epochs', '0', '--no-aug',
+        '--opt', 'adamw', '--lr', '2e-3', '--batch-size', '64', '--smoothing', '0', *WAYS[way])
     assert float(rows[0]['eval_loss']) < float(rows[0]['train_loss']) < math.log(10)  # the loss of the first step
     assert float(rows[0]['eval_top1']) >= 95
 

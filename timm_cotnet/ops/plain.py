@@ -1,5 +1,4 @@
 """Stand-ins in plain PyTorch, for any device: equal results from less work, by algebra alone."""
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -143,7 +143,7 @@ def table_of_moments(
     """The same from moments, of a walk over so many images."""
     from . import rows
 
-    C, (dtype, acc) = moments.shape[-1], accumulator(moments.dtype)
+    C, (_, acc) = moments.shape[-1], accumulator(moments.dtype)
     table = moments.new_empty(4, C)
     launch(rows.batch_norm_kernel, (-(-C // 8),),
            moments, weight, bias, averages.mean, averages.var, averages.tracked, table, images, *walk.sizes,
