@@ -95,7 +95,7 @@ def test_one_openmp_runtime():
         'assert not isinstance(load(torch.float32), str)\n'
         'print(len(before), runtimes() == before)')
     if sys.platform != 'linux':
-        pytest.skip('reads /proc')
+        pytest.skip('only Linux tells in /proc which libraries a process has loaded')
     assert run(code).split() == ['1', 'True']
 
 
@@ -107,7 +107,7 @@ def test_other_compilers(fresh, monkeypatch, command):
     check()
 
 
-@pytest.mark.skipif(platform.machine() != 'x86_64', reason='flags of x86')
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='compiles for other processors of the x86 family')
 @pytest.mark.parametrize('processor', ['haswell', 'x86-64'])
 def test_other_processors(monkeypatch, processor):
     monkeypatch.setenv('TIMM_COTNET_CFLAGS', f'-march={processor}')

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from triton_helpers import (
     DEVICE, INTERPRETED, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
-    gradients_of_gradients, kernels, of_zero_gradient, passed_in_the_interpreter, plain)
+    gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain)
 
 from timm_cotnet import CotBottleneck, CotLayer, local_conv
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.compiled import arguments_of
-from timm_cotnet.ops.gpu import cot_layer, launch
+from timm_cotnet.ops.gpu import cot_layer
 
 pytestmark = [
     pytest.mark.usefixtures('exact_convolutions'),
@@ -21,11 +21,8 @@ pytestmark = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason='is already inside')
+@outside
 def test_kernels_in_the_interpreter():
-    pytest.importorskip('triton', reason='Triton is not installed')
-    if launch._has_old_launcher():
-        pytest.skip('written for Triton 3.3 and later, whose interpreter loops between numbers that kernels compute')
     passed, skipped = passed_in_the_interpreter(__file__)
     assert passed >= 12 and skipped <= 2  # this test, and what needs a GPU
 

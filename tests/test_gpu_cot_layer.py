@@ -7,9 +7,8 @@ import torch
 from golden import filled, golden_input, load
 from helpers import FORMAT_NAMES, FORMATS, image
 from triton_helpers import (
-    DEVICE, INTERPRETED, LAYERS_AND_FORMATS, SMALL, TOLERANCE, assert_all_close, assert_trains_like_plain, create,
-    error, exact, gradient_for, gradients_of_gradients, kernels, of_zero_gradient, passed_in_the_interpreter,
-    plain, tensors_of, value_and_grads)
+    DEVICE, LAYERS_AND_FORMATS, SMALL, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
+    gradient_for, gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain, tensors_of, value_and_grads)
 
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops.contexts import ContextsSettings
@@ -24,11 +23,8 @@ pytestmark = pytest.mark.usefixtures('exact_convolutions')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason='is already inside')
+@outside
 def test_kernels_in_the_interpreter():
-    pytest.importorskip('triton', reason='Triton is not installed')
-    if launch._has_old_launcher():
-        pytest.skip('written for Triton 3.3 and later, whose interpreter loops between numbers that kernels compute')
     passed, skipped = passed_in_the_interpreter(__file__)
     assert passed >= 45 and skipped == 1  # this test
 

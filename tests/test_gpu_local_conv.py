@@ -10,7 +10,7 @@ from timm_cotnet.ops.reference import local_conv_reference
 from timm_cotnet.ops.gpu.local_conv import local_conv_triton, needs_64_bits, why_not_triton
 
 from golden import golden_input, load
-from triton_helpers import DEVICE, INTERPRETED, kernels, passed_in_the_interpreter
+from triton_helpers import DEVICE, INTERPRETED, kernels, outside, passed_in_the_interpreter
 
 # the result is compared after rounding to its dtype; the interpreter cuts bfloat16 off instead of rounding it
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 ** -7, torch.float16: 2 ** -10}
@@ -68,9 +68,9 @@ def assert_like_reference(x, weight, *args):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason='is already inside')
+@outside
 def test_kernels_in_the_interpreter():
-    passed, skipped = passed_in_the_interpreter(__file__)
+    passed, skipped = passed_in_the_interpreter(__file__, loops=False)
     assert passed >= 60 and skipped == 2  # this test and the one for CUDA graphs
 
 

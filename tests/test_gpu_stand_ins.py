@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from triton_helpers import (
     DEVICE, INTERPRETED, LAYERS_AND_FORMATS, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error,
-    exact, gradient_for, gradients_of_gradients, kernels, passed_in_the_interpreter, plain, value_and_grads)
+    exact, gradient_for, gradients_of_gradients, kernels, outside, passed_in_the_interpreter, plain, value_and_grads)
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
-from timm_cotnet.ops.gpu import launch
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
@@ -24,11 +23,8 @@ pytestmark = pytest.mark.usefixtures('exact_convolutions')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason='is already inside')
+@outside
 def test_kernels_in_the_interpreter():
-    pytest.importorskip('triton', reason='Triton is not installed')
-    if launch._has_old_launcher():
-        pytest.skip('written for Triton 3.3 and later, whose interpreter loops between numbers that kernels compute')
     passed, skipped = passed_in_the_interpreter(__file__)
     assert passed >= 75 and skipped == 1  # this test
 

@@ -16,6 +16,7 @@ import torch
 from helpers import image, shaken
 
 from timm_cotnet import CotLayer, CoxtLayer
+from timm_cotnet.ops.gpu import launch
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -23,11 +24,19 @@ kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason='needs a GPU; runs without one inside test_kernels_in_the_interpreter',
 )
+outside = pytest.mark.skipif(INTERPRETED, reason='starts the interpreter, in which it runs already')
 
 
-def passed_in_the_interpreter(file: str) -> Tuple[int, int]:
-    """Numbers of tests of a file that pass in the interpreter and that are skipped there; fails if one fails."""
+def passed_in_the_interpreter(file: str, loops: bool = True) -> Tuple[int, int]:
+    """Numbers of tests of a file that pass in the interpreter and that are skipped there; fails if one fails.
+
+    Args:
+        file: The test file.
+        loops: Whether its kernels loop between numbers that they compute.
+    """
     pytest.importorskip('triton', reason='Triton is not installed')
+    if loops and launch._has_old_launcher():
+        pytest.skip('the interpreter of Triton before 3.3 cannot loop between numbers that a kernel computes')
     env = dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-rs', file]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)

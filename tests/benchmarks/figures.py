@@ -183,7 +183,7 @@ def draw(folder: Path) -> None:
     """Writes all figures, the same each time; white behind them, so that they can be read on any page."""
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'cotnet', 'font.family': 'sans-serif'}):
         for name, make in FIGURES.items():
-            make().savefig(folder / f'{name}.svg', metadata={'Date': None}, facecolor='white')
+            make().savefig(folder / f'{name}.svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')), facecolor='white')
 
 
 if __name__ == '__main__':
