@@ -128,6 +128,8 @@ def test_labels_of_categories(tmp_path, ids, labels):
     (dict(content(), images=[dict(id=1, width=40, height=30)]), r'images\[0\] is .*with a file_name'),
     (content(image_id=9), r'annotations\[0\] is .*"image_id": 9.*, expected with the image_id of one of its images'),
     (content(category_id=9), r'annotations\[0\] is .*, expected with the category_id of one of its categories'),
+    (content(image_id=[1]), r'annotations\[0\] is .*, expected with the image_id of one of its images'),
+    (content(category_id=[1]), r'annotations\[0\] is .*, expected with the category_id of one of its categories'),
     (content(bbox=[5, 6, 10]), r'annotations\[0\] is .*four numbers'),
     (content(bbox=[5, 6, -1, 8]), r'annotations\[0\] is .*four numbers'),
     (content(bbox=[5, 6, float('nan'), 8]), r'annotations\[0\] is .*four numbers'),

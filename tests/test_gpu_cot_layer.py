@@ -8,7 +8,8 @@ from golden import filled, golden_input, load
 from helpers import FORMAT_NAMES, FORMATS, image
 from triton_helpers import (
     DEVICE, LAYERS_AND_FORMATS, SMALL, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
-    gradient_for, gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain, tensors_of, value_and_grads)
+    gradient_for, gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain,
+    tensors_of, value_and_grads)
 
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops.contexts import ContextsSettings

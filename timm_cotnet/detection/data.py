@@ -188,9 +188,11 @@ class CocoDataset(Dataset):
 
     def _check_annotation(self, entry: Any, where: str) -> None:
         self._expect(isinstance(entry, dict), where, entry, 'to be an object')
-        image = self.images.get(entry.get('image_id'))
-        self._expect(image is not None, where, entry, 'with the image_id of one of its images')
-        self._expect(entry.get('category_id') in self.categories, where, entry,
+        image_id, category_id = entry.get('image_id'), entry.get('category_id')
+        self._expect(_is_int(image_id) and image_id in self.images, where, entry,
+                     'with the image_id of one of its images')
+        image = self.images[image_id]
+        self._expect(_is_int(category_id) and category_id in self.categories, where, entry,
                      'with the category_id of one of its categories')
         box = entry.get('bbox')
         self._expect(isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0,
