@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from ..hub import WEIGHTS_NAME
+from ..convert import write_folder
 
 __all__ = ['StateError', 'load_state', 'save_detector', 'save_state']
 
@@ -74,11 +73,9 @@ def save_detector(folder: Path, model: nn.Module, config: Dict[str, Any]) -> Non
         folder: Where to write.
         model: The detector.
         config: How it was made.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
-    state_dict = {key: value.contiguous() for key, value in model.state_dict().items()}
-    text = json.dumps(config, indent=2) + '\n'
-    (folder / WEIGHTS_NAME).unlink(missing_ok=True)  # where the weights are, the rest belongs to them
-    (folder / 'config.json').write_text(text)
-    unfinished = folder / f'{WEIGHTS_NAME}.part'
-    save_file(state_dict, unfinished, metadata={'format': 'pt'})
-    os.replace(unfinished, folder / WEIGHTS_NAME)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    write_folder({'config.json': json.dumps(config, indent=2) + '\n'}, weights, folder)

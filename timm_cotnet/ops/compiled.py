@@ -123,7 +123,7 @@ def _numbers(s: Settings, norms: Sequence[Averages]) -> Tuple[Any, ...]:
 
 
 def _settings(x: Tensor, averages: Sequence[Tensor], numbers: Tuple[Any, ...]) -> Settings:
-    """And back."""
+    """Settings of the numbers that `_numbers` gives, for running statistics: mean and variance of each norm."""
     *sizes, key_groups, key_padding, key_dilation, (key_eps, first_eps, *eps), momentum = numbers
     tracked = x.new_zeros((), dtype=torch.int64)  # counted outside
     key, first, *others = (

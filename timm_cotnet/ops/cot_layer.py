@@ -87,7 +87,7 @@ def parameters_of(layer: nn.Module) -> List[Tensor]:
 
 
 def grouped(parameters: Sequence[Tensor]) -> Parameters:
-    """And back, contiguous but for filters of images."""
+    """`Parameters` of the row that `parameters_of` gives; contiguous, but for the filters of convolutions."""
     first = [t if t.ndim == 4 else t.contiguous() for t in parameters[:8]]
     return Parameters(*first, TrainingParameters(*(t.contiguous() for t in parameters[8:])))
 

@@ -24,7 +24,7 @@ def local_conv_exported(
         dilation: int = 1,
         crops: bool = False,
 ) -> Tensor:
-    """See `timm_cotnet.local_conv`; no checks. Half types are accumulated in float32.
+    """Local convolution, (B, C, H, W) -> (B, C, H, W), unchecked. Half types are accumulated in float32.
 
     Args:
         x: (B, C, H, W).

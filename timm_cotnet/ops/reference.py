@@ -13,14 +13,14 @@ def local_conv_reference(
         kernel_size: int = 3,
         dilation: int = 1,
 ) -> torch.Tensor:
-    """See `timm_cotnet.local_conv`; no checks. Half types are accumulated in float32."""
+    """Local convolution as `timm_cotnet.local_conv` defines it, unchecked. Half types are accumulated in float32."""
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
         return sum_of_taps(x.float(), weight.float(), kernel_size, dilation).to(x.dtype)
     return sum_of_taps(x, weight, kernel_size, dilation)
 
 
 def sum_of_taps(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    """The same in the dtype of its operands, without a branch on symbols, so that `torch.fx` can trace it."""
+    """Local convolution in the dtype of its operands, without a branch on symbols, so that `torch.fx` can trace it."""
     B, C, H, W = x.shape
     G = weight.shape[1]
     rows = cols = center = kernel_size // 2  # taps on each side of the middle one

@@ -166,7 +166,7 @@ def dense(weight: Tensor, groups: int) -> Tensor:
 
 
 def _of_groups(weight: Tensor, groups: int) -> Tensor:
-    """And back: the filters of `dense`, (out, channels, ...) -> (out, channels / groups, ...)."""
+    """Filters with groups of those that `dense` makes, (out, channels, ...) -> (out, channels / groups, ...)."""
     if groups == 1:
         return weight
     out, per_group = weight.shape[0] // groups, weight.shape[1] // groups

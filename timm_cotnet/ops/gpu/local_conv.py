@@ -52,7 +52,7 @@ def _try_device(device: torch.device, dtype: torch.dtype) -> Optional[str]:
 
 
 def local_conv_triton(x: torch.Tensor, weight: torch.Tensor, kernel_size: int = 3, dilation: int = 1) -> torch.Tensor:
-    """See `timm_cotnet.local_conv`; any strides, inputs of one dtype or under autocast."""
+    """Local convolution by Triton kernels: any strides, inputs of one dtype or under autocast."""
     return _local_conv(x, weight, kernel_size, dilation)
 
 

@@ -140,7 +140,7 @@ def table_of_moments(
         eps: float,
         walk: Walk,
 ) -> Tensor:
-    """The same from moments, of a walk over so many images."""
+    """What a batch norm does to each channel, of the moments that a walk over some images gives: (4, C)."""
     from . import rows
 
     C, (_, acc) = moments.shape[-1], accumulator(moments.dtype)
@@ -153,7 +153,7 @@ def table_of_moments(
 
 def batch_norm_backward(
         sums: Tensor, weight: Tensor, table: Tensor, walk: Walk, images: int = 1) -> Tuple[Tensor, Tensor]:
-    """See `rows.batch_norm_backward_kernel`: (3, C) and (2, C)."""
+    """What makes the gradient of x, (3, C), and gradients of weight and bias, (2, C): `rows.batch_norm_backward_kernel`."""
     from . import rows
 
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)

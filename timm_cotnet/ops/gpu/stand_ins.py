@@ -95,7 +95,7 @@ def _running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
 
 def _contexts(
         value: Tensor, logits: Tensor, static: Tensor, filter_parameters: Sequence[Tensor], *args) -> Tensor:
-    """See `compiled_contexts`."""
+    """Output of a layer from the results of its convolutions, whether eagerly or as an operator of a graph."""
     if torch.compiler.is_compiling():
         return compiled_contexts(value, logits, static, filter_parameters, *args)
     filters, _ = filter_table(logits, *filter_parameters, args[-1])
