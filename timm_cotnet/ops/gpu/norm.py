@@ -153,7 +153,7 @@ def table_of_moments(
 
 def batch_norm_backward(
         sums: Tensor, weight: Tensor, table: Tensor, walk: Walk, images: int = 1) -> Tuple[Tensor, Tensor]:
-    """What makes the gradient of x, (3, C), and gradients of weight and bias, (2, C): `rows.batch_norm_backward_kernel`."""
+    """What makes the gradient of x, (3, C), and the gradients of weight and bias, (2, C)."""
     from . import rows
 
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
