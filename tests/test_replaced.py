@@ -72,7 +72,15 @@ def other_convolutions(child):
         nn.Conv2d(*sizes, 5, stride, 'same' if stride == (1, 1) else 2, groups=groups),
         nn.Conv2d(*sizes, 3, stride, 1, groups=groups, padding_mode='circular'),
         nn.Conv2d(*sizes, 1, stride, groups=2 if groups == 1 else 1),
+        numbers(copy.deepcopy(child)),
     ]
+
+
+def numbers(conv):
+    """The convolution with numbers for its sizes, which PyTorch takes as well as tuples."""
+    for name in ('kernel_size', 'stride', 'padding', 'dilation'):
+        setattr(conv, name, getattr(conv, name)[0])
+    return conv
 
 
 def other_norms(child):
@@ -84,7 +92,9 @@ def other_norms(child):
         n = child.num_features
         made = [
             nn.BatchNorm2d(n, affine=False), nn.BatchNorm2d(n, track_running_stats=False),
-            nn.BatchNorm2d(n, momentum=None), nn.BatchNorm2d(n, eps=0.3), nn.BatchNorm2d(n, momentum=0.9)]
+            nn.BatchNorm2d(n, momentum=None), nn.BatchNorm2d(n, eps=0.3), nn.BatchNorm2d(n, momentum=0.9),
+            nn.BatchNorm2d(n)]
+        made[-1].num_batches_tracked = None  # as modules of old files have it
     for norm in made:
         if norm.affine:
             nn.init.normal_(norm.weight, 1, 0.2)
@@ -381,6 +391,8 @@ def test_changed_after_folding(name, path, dtype, tolerance):
         changes['parametrized'] = parametrized
         changes['without bias'] = lambda child: setattr(child, 'bias', None)
         changes['double weight'] = lambda child: child.weight.data.mul_(2)
+    if type(child) is nn.Conv2d:
+        changes['numbers'] = numbers
     for what, change in changes.items():
         folded = copy.deepcopy(original)
         change(folded.get_submodule(path))
