@@ -133,13 +133,13 @@ class PlainWing:
         shortcut = x if block.downsample is None else block.downsample(x)
         return F.relu(self._batch_norm(out, block.bn3) + shortcut)
 
-    def folded_cot_layer(self, layer, x):
+    def folded_cot_layer(self, layer, x, parts):
         self.called.append('folded_cot_layer')
         static = F.relu(self._conv(layer.key_embed[0], x))
         query, key = (self._pointwise(*args, layer.groups) for args in ((layer.query, x), (layer.key, static)))
         logits, norm = self._pointwise(layer.embed[1], F.relu(query + key), layer.groups), layer.embed[2]
         filters = F.group_norm(logits, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        value = self._pointwise(layer.value[0], x, layer.groups)
+        value = self._pointwise(layer.value, x, layer.groups)
         dynamic = F.silu(self._local_conv(value, filters, layer) + layer.shift.view(-1, 1, 1))
         hidden = F.relu(self._pointwise(layer.se[0], self._pool(dynamic, static)))
         return self._mix(dynamic, static, self._pointwise(layer.se[2], hidden))

@@ -15,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_cotnet
 from timm_cotnet import CotLayer, local_conv
+from timm_cotnet.cotnet import CotBottleneck
+from timm_cotnet.deploy import Stage
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.dispatch import Choice, StandIn, choose_local_conv, known_as, recorded, stand_in
 
-from helpers import FORMATS, MODULES, Lora, create, has_kernels, image, implementations, plain_wing, run_python
+from helpers import (
+    FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, plain_wing, run_python, shaken)
 
 PACKAGE = Path(timm_cotnet.__file__).parent
 OWN = 'its own modules'
@@ -47,7 +50,7 @@ def test_known_as_is_for_exactly_one_class(monkeypatch):
     class Other(Thing):
         pass
     assert dispatch._KINDS[Thing] == 'thing' and Other not in dispatch._KINDS and Thing.__name__ == 'Thing'
-    table(monkeypatch, thing=(StandIn('a double', lambda module, x: None, lambda module, x: 2 * x),))
+    table(monkeypatch, thing=(StandIn('a double', lambda module, x: None, lambda module, x, _: 2 * x),))
     x = torch.ones(2)
     assert torch.equal(stand_in(Thing(), x), 2 * x)
     assert stand_in(Other(), x) is None and stand_in(nn.ReLU(), x) is None
@@ -59,14 +62,14 @@ def test_stand_ins_are_asked_in_turn(monkeypatch):
     monkeypatch.setattr(dispatch, '_KINDS', {nn.Identity: 'thing'})
     asked = []
 
-    def row(name, reason):
-        def why_not(module, x):
+    def row(name, found):
+        def look(module, x):
             asked.append(name)
-            return reason
-        return StandIn(name, why_not, lambda module, x: name)
+            return found
+        return StandIn(name, look, lambda module, x, found: (name, found))
     module, x = nn.Identity(), torch.ones(1)
     table(monkeypatch, thing=(row('first', 'is asleep'), row('second', None), row('third', None)))
-    assert stand_in(module, x) == 'second' and asked == ['first', 'second']
+    assert stand_in(module, x) == ('second', None) and asked == ['first', 'second']
     with recorded() as choices:
         stand_in(module, x)
     assert choices == [Choice(module, 'second', (('first', 'is asleep'),))]
@@ -190,10 +193,13 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'forward': (lambda m: setattr(m.act, 'forward', m.act.forward), 'hooks watch act, or its forward is another one'),
     'padding mode': (set_on('conv1x1.0', 'padding_mode', 'circular'), r'conv1x1\.0 does not pad by a number of zeros'),
     'padding': (set_on('conv1x1.0', 'padding', 'same'), r'conv1x1\.0 does not pad by a number of zeros'),
-    'dtype': (lambda m: m.se.double(), r'a parameter of se\.0 is not a plain torch\.float32 tensor'),
-    'device': (lambda m: m.bn.to('meta'), r'a parameter of bn is not a plain'),
+    'padding as a number': (set_on('key_embed.0', 'padding', 1), r'key_embed\.0 .* or its sizes are no tuples'),
+    'dilation as a number': (set_on('key_embed.0', 'dilation', 1), 'or its sizes are no tuples'),
+    'stride as a list': (set_on('embed.3', 'stride', [1, 1]), 'or its sizes are no tuples'),
+    'dtype': (lambda m: m.se.double(), r'se\.0 has a parameter that is not a plain torch\.float32 tensor'),
+    'device': (lambda m: m.bn.to('meta'), r'bn has a parameter that is not a plain'),
     'pruned': (lambda m: prune.random_unstructured(m.se[3], 'weight', 0.5), r'hooks watch se\.3'),
-    'computed': (lambda m: computed(m.conv1x1[0]), r'the weight of conv1x1\.0 is computed whenever it is read'),
+    'computed': (lambda m: computed(m.conv1x1[0]), r'conv1x1\.0 has a weight that is computed whenever it is read'),
     'kernel size': (replaced('embed.3', nn.Conv2d(16, 36, 3, padding=1)), r'is not a 1x1 convolution with the groups'),
     'groups': (replaced('conv1x1.0', nn.Conv2d(32, 32, 1, groups=2, bias=False)), 'is not a 1x1 convolution with'),
     'stride': (replaced('conv1x1.0', nn.Conv2d(32, 32, 1, 2, bias=False)), 'is not a 1x1 convolution with'),
@@ -204,6 +210,7 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'affine': (replaced('bn', nn.BatchNorm2d(32, affine=False)), 'or has no weight'),
     'no statistics': (replaced('bn', nn.BatchNorm2d(32, track_running_stats=False)), 'does not use and average'),
     'momentum': (replaced('se.1', nn.BatchNorm2d(32, momentum=None)), 'does not use and average'),
+    'no counter': (lambda m: m.bn._buffers.update(num_batches_tracked=None), 'does not use and average'),
     'statistic': (lambda m: m.bn._buffers.update(running_mean=m.bn.running_mean.double()), 'a weight or running stat'),
     'strides': (lambda m: m.bn._buffers.update(running_var=torch.ones(64)[::2]), 'is not a plain contiguous tensor'),
     'filters': (replaced('embed.4', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
@@ -211,7 +218,7 @@ TRAINING = {  # of a CotLayer(32) in training: change, part of the reason
     'keys of other pixels': (replaced('key_embed.0', nn.Conv2d(32, 32, 3, groups=4, bias=False)), 'has other sizes'),
     'filters of other sizes': (
         lambda m: m.conv1x1[0]._parameters.update(weight=nn.Parameter(torch.ones(16, 32, 1, 1))),
-        r'the filters or the bias of conv1x1\.0 have other sizes than it says'),
+        r'conv1x1\.0 has filters or a bias of other sizes than it says'),
     'norm of other sizes': (replaced('se.1', nn.BatchNorm2d(8)), r'se\.1 has 8 channels, what it norms has 32'),
     'hidden of other sizes': (replaced('se.3', nn.Conv2d(16, 64, 1)), 'se is not made of two 1x1 convolutions'),
     'mixing bias': (replaced('se.3', nn.Conv2d(32, 64, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
@@ -247,7 +254,7 @@ def test_reasons_on_a_gpu(what, monkeypatch):
     found = conditions.why_not_train_on_gpu(layer, x)
     assert re.search(expected, found), found
     with torch.no_grad():
-        if what not in ('frozen norm of keys', 'frozen norm', 'evaluation', 'momentum'):
+        if what not in ('frozen norm of keys', 'frozen norm', 'evaluation', 'momentum', 'no counter'):
             assert conditions.why_not_infer_on_gpu(layer.eval(), x) is not None
         assert conditions.why_not_infer_on_gpu(create('CotLayer').eval(), x) is None
 
@@ -260,8 +267,8 @@ TRAINING_BLOCK = {  # of a CotBottleneck or SplitAttnBottleneck in training: cha
     'hook': (lambda m: m.act3.register_forward_hook(lambda *_: None), 'hooks watch act3'),
     'backward hook': (lambda m: m.bn1.register_full_backward_hook(lambda *_: None), 'hooks watch bn1'),
     'forward': (lambda m: setattr(m.bn3, 'forward', m.bn3.forward), 'hooks watch bn3, or its forward is another one'),
-    'dtype': (lambda m: m.bn1.double(), r'a parameter of bn1 is not a plain torch\.float32 tensor'),
-    'computed': (lambda m: computed(m.bn3), 'the weight of bn3 is computed whenever it is read'),
+    'dtype': (lambda m: m.bn1.double(), r'bn1 has a parameter that is not a plain torch\.float32 tensor'),
+    'computed': (lambda m: computed(m.bn3), 'bn3 has a weight that is computed whenever it is read'),
     'frozen norm': (lambda m: m.bn1.eval(), 'does not use and average the statistics of the batch'),
     'affine': (replaced('bn3', nn.BatchNorm2d(64, affine=False)), 'or has no weight'),
     'no statistics': (replaced('bn3', nn.BatchNorm2d(64, track_running_stats=False)), 'does not use and average'),
@@ -310,9 +317,9 @@ def test_reasons_of_sizes_in_training(monkeypatch):
 FOLDED_LAYER = {
     'activation': (replaced('embed.0', nn.GELU()), r'embed\.0 is a GELU, not a ReLU'),
     'subclass': (replaced('key', type('Linear', (nn.Conv2d,), {})(32, 16, 1)), 'key is a Linear, not a Conv2d'),
-    'hook': (lambda m: m.value[0].register_forward_hook(lambda *_: None), r'hooks watch value\.0'),
-    'dtype': (lambda m: m.se.double(), r'a parameter of se\.0 is not a plain torch\.float32 tensor'),
-    'query': (replaced('query', nn.Conv2d(32, 16, 3, padding=1)), 'query, key, embed.1 or value.0 is not a 1x1'),
+    'hook': (lambda m: m.value.register_forward_hook(lambda *_: None), 'hooks watch value,'),
+    'dtype': (lambda m: m.se.double(), r'se\.0 has a parameter that is not a plain torch\.float32 tensor'),
+    'query': (replaced('query', nn.Conv2d(32, 16, 3, padding=1)), 'query, key, embed.1 or value is not a 1x1'),
     'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
     'group norm': (replaced('embed.2', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
     'scale': (lambda m: setattr(m, 'scale', nn.Parameter(torch.ones(32))), 'more than a shift is left of the norm'),
@@ -343,6 +350,34 @@ def test_reasons_of_folded_layers(what):
         assert reason(folded, x, FOLDED) == 'kernel_size is 9, more than 7'
 
 
+WATCHED = {  # in a block of a folded stage: change
+    'layer': lambda block, hook: block.conv2.register_forward_hook(hook),
+    'part of the layer': lambda block, hook: block.conv2.query.register_forward_hook(hook),
+    'pool': lambda block, hook: block.avd_first.register_forward_hook(hook),
+    'behind the layer': lambda block, hook: block.avd_last.register_forward_hook(hook),
+    'block': lambda block, hook: block.register_forward_hook(hook),
+    'convolution': lambda block, hook: block.conv3.register_forward_hook(hook),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('what', [None, *WATCHED])
+def test_folded_stage_looks_ahead(what):
+    """Layers of a stage are looked at before the first of its blocks runs, and called where something watches them."""
+    torch.manual_seed(0)
+    stage = shaken(Stage(CotBottleneck(64, 16), CotBottleneck(64, 16))).eval().fuse()
+    x, seen = channels_last(2, 64, 6, 7), []
+    expected = copy.deepcopy(stage).double()(x.double())
+    if what is not None:
+        WATCHED[what](stage[1], lambda *_: seen.append(what))
+    with plain_wing() as wing, recorded() as choices:
+        out = stage(x)
+    assert difference(out, expected) < 1e-5 and len(seen) == (what is not None)
+    assert wing.called == ['folded_cot_layer'] * (1 if what == 'part of the layer' else 2)
+    runs = [c.implementation for c in choices if c.module in (stage[0].conv2, stage[1].conv2)]
+    assert runs == [FOLDED, OWN if what == 'part of the layer' else FOLDED]
+
+
 @torch.no_grad()
 def test_reasons_of_folded_blocks():
     x = channels_last(3, 16, 6, 7)
@@ -350,6 +385,7 @@ def test_reasons_of_folded_blocks():
             (replaced('act3', nn.GELU()), 'act3 is a GELU, not a ReLU'),
             (replaced('act1', nn.Sequential()), 'act1 is '),
             (lambda m: m.conv1.register_forward_hook(lambda *_: None), 'hooks watch conv1'),
+            (set_on('conv3', 'stride', 1), 'or its sizes are no tuples'),
             (set_on('conv3', 'padding_mode', 'reflect'), 'conv3 does not pad by a number of zeros')):
         block = folded_modules()[BLOCK]
         with plain_wing():
@@ -367,7 +403,7 @@ def test_reasons_of_article_modules():
             (lambda m: m.attention_embed[3].register_forward_hook(lambda *_: None), 'hooks watch attention_embed.3'),
             (replaced('value_embed', nn.Identity()), 'value_embed is a Identity, not a Sequential'),
             (replaced('attention_embed.0', nn.Conv2d(64, 16, 3, padding=1)), 'of attention_embed is not 1x1'),
-            (lambda m: computed(m.attention_embed[3]), 'the weight of attention_embed.3 is computed')):
+            (lambda m: computed(m.attention_embed[3]), 'attention_embed.3 has a weight that is computed')):
         changed = copy.deepcopy(module)
         change(changed)
         assert expected in reason(changed, x, name)

@@ -138,9 +138,9 @@ class FoldedCotLayer(nn.Module):
             self.scale = None
         else:  # the scale cannot pass an activation
             self.scale = nn.Parameter(behind.scale.to(value.weight.dtype, copy=True), value.weight.requires_grad)
-        self.value = _sequence(layer.training, value, affine.act)
+        self.value = _one_or_sequence(layer.training, value, affine.act)
         self.shift = nn.Parameter(behind.shift.to(value.weight.dtype, copy=True), value.weight.requires_grad)
-        self.act = _sequence(layer.training, behind.act, layer.act)
+        self.act = _one_or_sequence(layer.training, behind.act, layer.act)
 
         conv, norm, act, last = layer.se
         affine = affine_of(norm)
@@ -262,7 +262,7 @@ class FoldedBottleneck(nn.Module):
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.conv1, self.act1 = block.conv1, _sequence(block.training, block.bn1, block.act1)
+        self.conv1, self.act1 = block.conv1, _one_or_sequence(block.training, block.bn1, block.act1)
         self.avd_first, self.conv2, self.avd_last = block.avd_first, block.conv2, block.avd_last
         self.conv3, self.act3 = block.conv3, block.act3
         self.downsample = block.downsample
@@ -363,3 +363,9 @@ def _sequence(training: bool, *modules: nn.Module) -> nn.Sequential:
     sequence = nn.Sequential(*(m for m in modules if type(m) is not nn.Identity or are_watched([m])))
     sequence.training = training
     return sequence
+
+
+def _one_or_sequence(training: bool, *modules: nn.Module) -> nn.Module:
+    """`_sequence`, or the only module of it."""
+    sequence = _sequence(training, *modules)
+    return sequence[0] if len(sequence) == 1 else sequence

@@ -1,6 +1,7 @@
 """What stand-ins know, and the reasons why one cannot take a module or an input: the conditions of `dispatch.py`.
 
-Each is stated once. A function `why_not_...(module, x)` gives a reason, or None if there is none.
+Each is stated once. A function `why_not_...(module, x)` gives a reason, or None if there is none; `look_at_...` gives
+a reason, or what it found.
 """
 import importlib
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import onednn
+from . import onednn, parts
 from .gpu.local_conv import why_not_triton
+from .parts import FLOATS, Found, find, has_bias, is_plain
 from .watch import are_watched, is_traced, needs_plain_graph
 
 try:
@@ -21,7 +23,7 @@ except ModuleNotFoundError as error:
     cpu = None
 
 KINDS: Dict[type, str] = {}  # what `dispatch.known_as` was told
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCAST_ON_CPU = torch._C.DispatchKey.AutocastCPU
 
 
 # Conditions: surroundings and tensors
@@ -32,9 +34,16 @@ def _why_not_now(x: Tensor, dtypes: Tuple[torch.dtype, ...], training: bool) -> 
     reason = _why_not_watched(x, dtypes, training)
     if reason is None and training and not _is_channels_last(x):
         return 'x is not channels-last'
-    if reason is None and torch.is_autocast_enabled('cpu'):
+    if reason is None and _is_autocast_on_cpu():
         return 'autocast chooses the dtypes'
     return reason
+
+
+def _is_autocast_on_cpu() -> bool:
+    """By the key that stands for it, as `torch.is_autocast_enabled` reads the name of the device at each call."""
+    if torch.compiler.is_compiling():
+        return torch.is_autocast_enabled('cpu')
+    return not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOCAST_ON_CPU)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -44,7 +53,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _why_not_on_gpu(x: Tensor, training: bool) -> Optional[str]:
     """Why kernels of a GPU cannot take x now."""
-    reason = _why_not_watched(x, _FLOATS, training)
+    reason = _why_not_watched(x, FLOATS, training)
     if reason is None and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         if x.dtype not in (torch.float32, dtype) or dtype not in (torch.bfloat16, torch.float16):
@@ -62,8 +71,9 @@ def _why_not_watched(x: Tensor, dtypes: Tuple[torch.dtype, ...], training: bool)
         return 'x is not a dense tensor'
     if x.dtype not in dtypes:
         return f'x is {x.dtype}, not {" or ".join(map(str, dtypes))}'
-    if x.ndim != 4 or x.numel() == 0:
-        return f'x of shape {tuple(x.shape)} is empty or has not 4 dimensions'
+    shape = x.shape
+    if len(shape) != 4 or 0 in shape:
+        return f'x of shape {tuple(shape)} is empty or has not 4 dimensions'
     if torch.is_grad_enabled() != training:
         return 'no gradient is wanted (torch.no_grad)' if training else 'a gradient may be wanted (no torch.no_grad)'
     if forward_ad._current_level >= 0:
@@ -86,113 +96,14 @@ def why_not_native_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Op
 
 # Conditions: modules
 
-
-class _Part(NamedTuple):
-    """What a stand-in knows of one module below another."""
-    parent: int  # in the list of those found before, of which the first is the whole
-    name: str
-    path: str
-    type: type
-    size: int  # number of children of an `nn.Sequential`
-
-
-def _parts(**children: object) -> List[_Part]:
-    """The parts of a module, of each its exact type, or a list of those of the children of an `nn.Sequential`."""
-    rows = []
-    for name, kind in children.items():
-        if isinstance(kind, list):
-            rows.append(_Part(0, name, name, nn.Sequential, len(kind)))
-            parent = len(rows)
-            rows.extend(_Part(parent, str(i), f'{name}.{i}', of_child, 0) for i, of_child in enumerate(kind))
-        else:
-            rows.append(_Part(0, name, name, kind, 0))
-    return rows
-
-
-_COT_LAYER = _parts(
-    key_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU],
-    embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.GroupNorm],
-    conv1x1=[nn.Conv2d, nn.BatchNorm2d],
-    bn=nn.BatchNorm2d,
-    act=nn.SiLU,
-    se=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d],
-)
-_BOTTLENECK = _parts(  # the others are called
-    conv1=nn.Conv2d, bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, conv3=nn.Conv2d, bn3=nn.BatchNorm2d,
-    act3=nn.ReLU)
-_FOLDED_COT_LAYER = _parts(
-    key_embed=[nn.Conv2d, nn.ReLU],
-    query=nn.Conv2d,
-    key=nn.Conv2d,
-    embed=[nn.ReLU, nn.Conv2d, nn.GroupNorm],
-    value=[nn.Conv2d],
-    act=[nn.SiLU],
-    se=[nn.Conv2d, nn.ReLU, nn.Conv2d],
-)
-_FOLDED_BOTTLENECK = _parts(conv1=nn.Conv2d, act1=[nn.ReLU], conv3=nn.Conv2d, act3=nn.ReLU)
-_COT_ATTENTION = _parts(
-    key_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU],
-    value_embed=[nn.Conv2d, nn.BatchNorm2d],
-    attention_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d],
-)
-_WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)
 _NO_WING = 'the package has no folder ops/cpu'
 
 
-def _find(
-        module: nn.Module,
-        parts: List[_Part],
-        like: Optional[Tensor],
-        any_float: bool = False,
-) -> Union[str, Dict[str, nn.Module]]:
-    """The parts of a module by their paths, or why they are not what a stand-in knows.
-
-    Each has exactly its type, no hooks and no forward of its own. All parameters are plain tensors, like the one given
-    if there is one; if any_float in any floating dtype.
-    """
-    # the tensors of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
-    if are_watched([]):
-        return 'hooks watch all modules'
-    found, by_path = [module], {}
-    for parent, name, path, kind, size in parts:
-        child = found[parent]._modules.get(name)
-        if type(child) is not kind:
-            return f'{path} is a {type(child).__name__}, not a {kind.__name__}'
-        own = child.__dict__
-        if size and len(own['_modules']) != size:
-            return f'{path} is not a sequence of {size} modules'
-        if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'] \
-                or 'forward' in own:
-            return f'hooks watch {path}, or its forward is another one'
-        if kind is nn.Conv2d and (child.padding_mode != 'zeros' or type(child.padding) is str):
-            return f'{path} does not pad by a number of zeros'
-        parameters = own['_parameters']
-        if kind in _WEIGHTED and 'weight' not in parameters:
-            return f'the weight of {path} is computed whenever it is read'
-        if kind is nn.Conv2d and not _has_its_sizes(child, parameters):
-            return f'the filters or the bias of {path} have other sizes than it says'
-        for parameter in parameters.values() if like is not None else ():
-            if parameter is not None and not _is_plain(parameter, like, any_float):
-                return f'a parameter of {path} is not a plain {like.dtype} tensor on {like.device.type}'
-        found.append(child)
-        by_path[path] = child
-    return by_path
-
-
-def _has_its_sizes(conv: nn.Conv2d, parameters: Dict[str, Optional[Tensor]]) -> bool:
-    weight, bias, out = parameters['weight'], parameters.get('bias'), conv.out_channels
-    return weight.shape == (out, conv.in_channels // conv.groups, *conv.kernel_size) \
-        and (bias is None or bias.shape == (out,))
-
-
-def _is_plain(tensor: Tensor, like: Tensor, any_float: bool = False) -> bool:
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided \
-        and (tensor.dtype == like.dtype or any_float and tensor.dtype in _FLOATS) \
-        and (tensor.is_cpu if like.is_cpu else tensor.device == like.device)
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return module._parameters.get('bias') is not None
+class FoundBlock(NamedTuple):
+    """What was found of a folded bottleneck."""
+    block: nn.Module
+    parts: Dict[str, nn.Module]
+    layer: Optional[Dict[str, nn.Module]] = None  # the parts of its CoT layer, if that need not be asked again
 
 
 def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
@@ -201,7 +112,7 @@ def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
 
 def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int) -> bool:
     return (
-        _is_pointwise(first, 1) and _is_pointwise(second, 1) and _has_bias(first) and _has_bias(second)
+        _is_pointwise(first, 1) and _is_pointwise(second, 1) and has_bias(first) and has_bias(second)
         and second.out_channels == 2 * dim == 2 * first.in_channels and second.in_channels == first.out_channels
     )
 
@@ -217,7 +128,7 @@ def why_not_train_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
     reason = _NO_WING if cpu is None else _why_not_now(x, (torch.float32,), training=True)
     if reason is not None:
         return reason
-    m = _find(layer, _COT_LAYER, x)
+    m = find(layer, parts.COT_LAYER, x)
     if isinstance(m, str):
         return m
     B = x.shape[0]
@@ -239,7 +150,7 @@ def why_not_train_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
     reason = _why_not_on_gpu(x, training=True)
     if reason is not None:
         return reason
-    m = _find(layer, _COT_LAYER, x, any_float=True)
+    m = find(layer, parts.COT_LAYER, x, any_float=True)
     if isinstance(m, str):
         return m
     return (
@@ -278,12 +189,12 @@ def _why_not_convs(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Opti
     if not _is_mixing(m['se.0'], m['se.3'], C):
         return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
     embed = m['embed.0']
-    if _has_bias(embed) or embed.in_channels != 2 * C or not embed._parameters['weight'].is_contiguous():
+    if has_bias(embed) or embed.in_channels != 2 * C or not embed._parameters['weight'].is_contiguous():
         return 'embed.0 has a bias or filters that are not contiguous, or does not read x and the static context'
     if not m['conv1x1.1'].num_features == m['bn'].num_features == C == m['conv1x1.0'].out_channels \
-            or _has_bias(m['conv1x1.0']):
+            or has_bias(m['conv1x1.0']):
         return 'values or their norms have not as many channels as x, or their convolution has a bias'
-    if not _makes_static(m['key_embed.0'], C) or _has_bias(m['key_embed.0']) \
+    if not _makes_static(m['key_embed.0'], C) or has_bias(m['key_embed.0']) \
             or embed.out_channels != m['embed.3'].in_channels or m['conv1x1.0'].in_channels != C:
         return 'a convolution has other sizes than the layer gives it, or key_embed.0 has a bias'
     for path, channels in (
@@ -297,7 +208,7 @@ def why_not_infer_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
     reason = _why_not_on_gpu(x, training=False)
     if reason is not None:
         return reason
-    m = _find(layer, _COT_LAYER, x, any_float=True)
+    m = find(layer, parts.COT_LAYER, x, any_float=True)
     if isinstance(m, str):
         return m
     for path in ('key_embed.1', 'embed.1', 'conv1x1.1', 'bn', 'se.1'):
@@ -320,7 +231,7 @@ def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool) -> Optional[
     parameters, buffers, size = norm._parameters, norm._buffers, (norm.num_features,)
     for t in (parameters.get('weight'), parameters.get('bias'),
               buffers.get('running_mean'), buffers.get('running_var')):
-        if not _is_plain(t, x, any_float) or t.shape != size or not t.is_contiguous():
+        if not is_plain(t, x, any_float) or t.shape != size or not t.is_contiguous():
             return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
     return None
 
@@ -340,10 +251,10 @@ def why_not_folded_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
     reason = _why_not_on_gpu(x, training=False) or _why_not_cudnn(x)
     if reason is not None:
         return reason
-    m = _find(layer, _FOLDED_COT_LAYER, x)
+    m = find(layer, parts.FOLDED_COT_LAYER, x)
     if isinstance(m, str):
         return m
-    return _why_not_folded(layer, m, x) or _why_not_32_bits(x, m['embed.1'].out_channels)
+    return _why_not_folded(layer, m, x, x.shape[1]) or _why_not_32_bits(x, m['embed.1'].out_channels)
 
 
 def _why_not_cudnn(x: Tensor) -> Optional[str]:
@@ -365,12 +276,13 @@ def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[st
         return reason
     if not x.is_contiguous(memory_format=torch.channels_last):
         return 'x is not channels-last'
-    m = _find(block, _FOLDED_BOTTLENECK, x)
+    m = find(block, parts.FOLDED_BOTTLENECK, x)
     return m if isinstance(m, str) else None
 
 
 def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool = False) -> Optional[str]:
-    if not (norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None):
+    if not (norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
+            and norm._buffers.get('num_batches_tracked') is not None):
         return 'a batch norm does not use and average the statistics of the batch, or has no weight'
     return _why_not_norm(norm, x, any_float)
 
@@ -379,7 +291,7 @@ def _why_not_filters(layer: nn.Module, attn: nn.Conv2d, norm: nn.GroupNorm, chan
     """For what makes the filters, and their norm."""
     size, parameters = (attn.out_channels,), norm._parameters
     weight, bias = parameters.get('weight'), parameters.get('bias')
-    if not (_has_bias(attn) and weight is not None and bias is not None and weight.shape == bias.shape == size
+    if not (has_bias(attn) and weight is not None and bias is not None and weight.shape == bias.shape == size
             and attn.out_channels == norm.num_channels == norm.num_groups * layer.kernel_size ** 2
             and norm.num_groups % layer.groups == 0 and channels % norm.num_groups == 0):
         return 'filters or their norm have other sizes than the layer gives them'
@@ -390,56 +302,71 @@ def _why_not_inference(x: Tensor) -> Optional[str]:
     return _why_not_now(x, (torch.float32, torch.bfloat16), training=False) or onednn.why_not_packed(x.dtype)
 
 
-def why_not_folded_cot_layer(layer: nn.Module, x: Tensor) -> Optional[str]:
-    reason = _NO_WING if cpu is None else _why_not_inference(x)
-    if reason is not None:
-        return reason
-    m = _find(layer, _FOLDED_COT_LAYER, x)
+def look_at_folded_cot_layer(layer: nn.Module, x: Tensor) -> Found:
+    return _why_not_inference(x) or _look_at_folded_cot_layer(layer, x, x.shape[1])
+
+
+def _look_at_folded_cot_layer(layer: nn.Module, like: Tensor, channels: int) -> Found:
+    """For an input like the one given, but with its own number of channels."""
+    if cpu is None:
+        return _NO_WING
+    m = find(layer, parts.FOLDED_COT_LAYER, like)
     if isinstance(m, str):
         return m
     if layer.kernel_size > cpu.MAX_KERNEL_SIZE:
         return f'kernel_size is {layer.kernel_size}, more than {cpu.MAX_KERNEL_SIZE}'
-    return _why_not_folded(layer, m, x) or cpu.why_not(x.dtype)
+    return _why_not_folded(layer, m, like, channels) or cpu.why_not(like.dtype) or m
 
 
-def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Optional[str]:
-    """Whether the parts of a folded CoT layer are those that kernels know."""
-    C = x.shape[1]
-    query, key, attn, value = m['query'], m['key'], m['embed.1'], m['value.0']
+def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], like: Tensor, C: int) -> Optional[str]:
+    """Whether the parts of a folded CoT layer are those that kernels know, for an input of C channels."""
+    query, key, attn, value = m['query'], m['key'], m['embed.1'], m['value']
     if not all([_is_pointwise(conv, layer.groups) for conv in (query, key, attn, value)]):
-        return 'query, key, embed.1 or value.0 is not a 1x1 convolution with the groups of the layer'
+        return 'query, key, embed.1 or value is not a 1x1 convolution with the groups of the layer'
     if not _is_mixing(m['se.0'], m['se.2'], C):
         return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
     if not _makes_static(m['key_embed.0'], C) or not value.in_channels == query.in_channels == key.in_channels == C \
             or not query.out_channels == key.out_channels == attn.in_channels:
-        return 'key_embed.0, query, key or value.0 has other sizes than the layer gives it'
+        return 'key_embed.0, query, key or value has other sizes than the layer gives it'
     shift = layer._parameters.get('shift')
-    if value.out_channels != C or layer.scale is not None or not _is_plain(shift, x) or shift.shape != (C,):
+    if value.out_channels != C or layer.scale is not None or not is_plain(shift, like) or shift.shape != (C,):
         return 'values have not as many channels as x, or more than a shift is left of the norm behind the filters'
     return _why_not_filters(layer, attn, m['embed.2'], C)
 
 
-def why_not_folded_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
+def look_at_folded_bottleneck(block: nn.Module, x: Tensor) -> Found:
+    return _why_not_inference(x) or find(block, parts.FOLDED_BOTTLENECK, x)
+
+
+def look_at_folded_stage(stage: nn.Module, x: Tensor) -> Union[str, List[FoundBlock]]:
     reason = _why_not_inference(x)
     if reason is not None:
         return reason
-    m = _find(block, _FOLDED_BOTTLENECK, x)
-    return m if isinstance(m, str) else None
-
-
-def why_not_folded_stage(stage: nn.Module, x: Tensor) -> Optional[str]:
-    reason = _why_not_inference(x)
-    if reason is not None:
-        return reason
+    blocks = []
     for name, block in stage._modules.items():
         if KINDS.get(type(block)) != 'folded_bottleneck':
             return f'{name} is a {type(block).__name__}, not a folded bottleneck'
         if are_watched([block], children=False):
             return f'hooks watch {name}, or its forward is another one'
-        m = _find(block, _FOLDED_BOTTLENECK, x)
+        m = find(block, parts.FOLDED_BOTTLENECK, x)
         if isinstance(m, str):
             return f'{name}: {m}'
-    return None
+        blocks.append(FoundBlock(block, m, _look_ahead(block, x, m['conv1'].out_channels)))
+    return blocks
+
+
+def _look_ahead(block: nn.Module, like: Tensor, channels: int) -> Optional[Dict[str, nn.Module]]:
+    """The parts of a block's CoT layer, None if it has to be called.
+
+    Looking at all layers of a stage in a row takes half as long as looking at each when it is due, when convolutions
+    have driven the instructions for it out of the caches.
+    """
+    pool, layer = block._modules['avd_first'], block._modules['conv2']
+    if KINDS.get(type(layer)) != 'folded_cot_layer' or are_watched([pool, layer], children=False) \
+            or type(pool) is not nn.Identity and KINDS.get(type(pool)) != 'avg_pool':
+        return None
+    found = _look_at_folded_cot_layer(layer, like, channels)
+    return None if isinstance(found, str) else found
 
 
 def why_not_train_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
@@ -465,14 +392,14 @@ def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str
         or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
 
 
-def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False) -> Union[str, Dict[str, nn.Module]]:
+def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False) -> Found:
     if torch.compiler.is_compiling():
         return 'a compiler fuses norms with what follows them itself'
     if not x.is_contiguous(memory_format=torch.channels_last):
         return 'x is not channels-last'
     if block.se is not None or block.drop_path is not None:
         return 'the block has an attention module behind its norm, or stochastic depth'
-    return _find(block, _BOTTLENECK, x, any_float)
+    return find(block, parts.BOTTLENECK, x, any_float)
 
 
 def why_not_pool(module: nn.Module, x: Tensor) -> Optional[str]:
@@ -494,9 +421,9 @@ def why_not_padded_pool(module: nn.Module, x: Tensor, any_padding: bool = False)
 
 
 def why_not_averaged(module: nn.Module, x: Tensor) -> Optional[str]:
-    if torch.jit.is_tracing():
-        return 'a tracer keeps what the modules do'
-    m = _find(module, _COT_ATTENTION, None)
+    if not torch.compiler.is_compiling() and is_traced(x):
+        return 'a tracer, functorch transform or mode watches operators, or x is a tensor subclass'
+    m = find(module, parts.COT_ATTENTION, None)
     if isinstance(m, str):
         return m
     if not (_is_pointwise(m['attention_embed.0'], 1) and _is_pointwise(m['attention_embed.3'], 1)):

@@ -7,7 +7,7 @@ table answers only for modules of exactly that class whose children, parameters 
 import contextlib
 import functools
 import types
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from .watch import as_written, is_traced, needs_plain_graph
 
 
 class StandIn(NamedTuple):
-    """What computes the same as a module, where `why_not(module, x)` is None."""
+    """What computes the same as a module, where `look(module, x)` gives no reason against it."""
     name: str
-    why_not: Callable[[nn.Module, Tensor], Optional[str]]
-    run: Callable[[nn.Module, Tensor], Tensor]
+    look: Callable[[nn.Module, Tensor], Any]  # a reason, or what it found
+    run: Callable[[nn.Module, Tensor, Any], Tensor]  # of the module, the input and what was found
 
 
 class Choice(NamedTuple):
@@ -69,15 +69,15 @@ def stand_in(module: nn.Module, x: Tensor) -> Optional[Tensor]:
     """`module(x)` from something faster that knows the module; None if the module has to do it itself."""
     if not isinstance(x, Tensor):
         return None  # a symbol of torch.fx
-    refused, candidates = [], _stand_ins(_KINDS.get(type(module)), x.device.type)
+    refused, candidates = [], _stand_ins(_KINDS.get(type(module)), 'cpu' if x.is_cpu else x.device.type)
     for candidate in candidates:
-        reason = candidate.why_not(module, x)
-        if reason is None:
+        found = candidate.look(module, x)
+        if not isinstance(found, str):
             if _record is not None:
                 _record.append(Choice(module, candidate.name, tuple(refused)))
-            return candidate.run(module, x)
+            return candidate.run(module, x, found)
         if _record is not None:
-            refused.append((candidate.name, reason))
+            refused.append((candidate.name, found))
     if _record is not None and candidates:
         _record.append(Choice(module, 'its own modules', tuple(refused)))
     return None
@@ -132,7 +132,7 @@ def recorded() -> Iterator[List[Choice]]:
 
 def _gpu(name: str) -> Callable:
     """A function of the stand-ins on a GPU, imported when it is called, as Triton takes long to import."""
-    def run(module, x):
+    def run(module, x, _):
         from .gpu import stand_ins
 
         if torch.compiler.is_compiling():  # operators find the device by themselves
@@ -142,18 +142,32 @@ def _gpu(name: str) -> Callable:
     return run
 
 
+def _run_folded_cot_layer(layer: nn.Module, x: Tensor, found: Any) -> Tensor:
+    """With parts that were found before."""
+    row, = _ON_CPU.get('folded_cot_layer', (None,))
+    if row is None:
+        return layer(x)
+    if _record is not None:
+        _record.append(Choice(layer, row.name, ()))
+    return row.run(layer, x, found)
+
+
 _ON_CPU = {
     'bottleneck': (StandIn(
-        'C kernels of norms', conditions.why_not_train_bottleneck, lambda *a: conditions.cpu.train_bottleneck(*a)),),
+        'C kernels of norms', conditions.why_not_train_bottleneck,
+        lambda block, x, _: conditions.cpu.train_bottleneck(block, x)),),
     'cot_layer': (StandIn(
-        'C kernels for training', conditions.why_not_train_cot_layer, lambda *a: conditions.cpu.train_cot_layer(*a)),),
+        'C kernels for training', conditions.why_not_train_cot_layer,
+        lambda layer, x, _: conditions.cpu.train_cot_layer(layer, x)),),
     'folded_cot_layer': (StandIn(
-        'packed convolutions and a C kernel', conditions.why_not_folded_cot_layer,
+        'packed convolutions and a C kernel', conditions.look_at_folded_cot_layer,
         lambda *a: conditions.cpu.folded_cot_layer(*a)),),
     'folded_stage': (StandIn(
-        'packed convolutions, in place', conditions.why_not_folded_stage, lambda *a: onednn.folded_stage(*a)),),
+        'packed convolutions, in place', conditions.look_at_folded_stage,
+        lambda _, x, found: onednn.folded_stage(found, x, _run_folded_cot_layer)),),
     'folded_bottleneck': (StandIn(
-        'packed convolutions', conditions.why_not_folded_bottleneck, lambda *a: onednn.folded_bottleneck(*a)),),
+        'packed convolutions', conditions.look_at_folded_bottleneck,
+        lambda block, x, found: onednn.folded_bottleneck(block, x, found, block._modules['conv2'])),),
 }
 _ON_GPU = {
     'cot_layer': (
@@ -173,5 +187,6 @@ _ON_GPU = {
                 _gpu('infer_folded_bottleneck')),),
 }
 _ANYWHERE = {
-    'cot_attention': (StandIn('averaged filters', conditions.why_not_averaged, plain.averaged_attention),),
+    'cot_attention': (StandIn(
+        'averaged filters', conditions.why_not_averaged, lambda module, x, _: plain.averaged_attention(module, x)),),
 }

@@ -6,10 +6,11 @@ somebody writes to either, in whatever way PyTorch offers. Then the filters move
 address differs from that of the clone. Filters whose memory others look at (a NumPy view, another tensor) or that is
 not PyTorch's own are not packed. A NaN may end in oneDNN's ReLU, which makes it zero.
 """
+import functools
 import os
 import threading
 import weakref
-from typing import Any, Callable, Dict, Hashable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,17 @@ from .watch import are_watched
 POST_OPS = {'none': lambda x: x, 'relu': F.relu, 'swish': F.silu}  # by oneDNN's names
 
 
+class _Made(NamedTuple):
+    result: Any
+    clone: Tensor  # of what it was made of
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: Tuple[int, ...]
+
+
 class _Kept(NamedTuple):
     storage: weakref.ref  # of the filters, as a weak reference to a parameter would keep it from being swapped
-    made: Dict[Hashable, Tuple[Tensor, Any]]  # what was made, and the clone of what it was made of
+    made: Dict[Hashable, _Made]
 
 
 _KEPT: Dict[int, _Kept] = {}  # by the address of the storage
@@ -51,8 +60,8 @@ def kept(weight: Tensor, make: Callable, *args: Hashable, hint: Any = None) -> O
     found = _KEPT.get(key)
     if found is not None and found.storage() is storage:
         entry = found.made.get((make, args))
-        if entry is not None and _is_same(weight, entry[0]):
-            return entry[1]
+        if entry is not None and _is_same(weight, entry):
+            return entry.result
     with _lock:
         if torch._C._storage_Use_Count(key) > 2:  # the parameter, and what asks
             return None
@@ -63,24 +72,29 @@ def kept(weight: Tensor, make: Callable, *args: Hashable, hint: Any = None) -> O
         made = make(clone.clone(), *args) if hint is None else make(clone.clone(), *args, hint)
         if found is None or found.storage() is not storage:
             found = _KEPT[key] = _Kept(weakref.ref(storage, lambda _: _KEPT.pop(key, None)), {})
-        found.made[make, args] = clone, made
+        found.made[make, args] = _Made(made, clone, clone.dtype, clone.shape, clone.stride())
     return made
 
 
-def _is_same(weight: Tensor, clone: Tensor) -> bool:
+def _is_same(weight: Tensor, made: _Made) -> bool:
     return (
-        torch._C._data_address(weight) == torch._C._data_address(clone)
-        and weight.dtype == clone.dtype
-        and weight.shape == clone.shape
-        and weight.stride() == clone.stride()
+        torch._C._data_address(weight) == torch._C._data_address(made.clone)
+        and weight.dtype == made.dtype
+        and weight.shape == made.shape
+        and weight.stride() == made.stride
     )
 
 
 @torch.compiler.assume_constant_result
 def why_not_packed(dtype: torch.dtype) -> Optional[str]:
     """The reason why `conv2d_act` cannot take tensors of a dtype; None if it can."""
-    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
-        return 'PyTorch has no oneDNN, or it is turned off'
+    return _why_not_here(dtype) if torch._C._get_mkldnn_enabled() else 'oneDNN is turned off'
+
+
+@functools.lru_cache(maxsize=None)  # asked of the dispatcher it would take longer than all other conditions together
+def _why_not_here(dtype: torch.dtype) -> Optional[str]:
+    if not torch.backends.mkldnn.is_available():
+        return 'PyTorch has no oneDNN'
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 'oneDNN has no bfloat16 on this processor'
     return None
@@ -174,26 +188,34 @@ def run_conv2d(
     return conv2d_act(x, *args, overwrite)
 
 
-def folded_stage(stage: nn.Module, x: Tensor) -> Tensor:
+def folded_stage(blocks: List[Tuple], x: Tensor, run_layer: Callable) -> Tensor:
     """Stands in for a `FoldedStage` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
 
     Each block but the first writes its result over its input, which nobody else has: fresh memory takes longer than the
     sum.
+
+    Args:
+        blocks: Of each block itself, its parts, and those of its CoT layer if they are known.
+        x: Input.
+        run_layer: Runs a CoT layer on an input, with its parts.
     """
-    for i, block in enumerate(stage._modules.values()):
-        x = folded_bottleneck(block, x, overwrite=i > 0)
+    for i, (block, parts, of_layer) in enumerate(blocks):
+        layer = block._modules['conv2'] if of_layer is None \
+            else functools.partial(run_layer, block._modules['conv2'], found=of_layer)
+        x = folded_bottleneck(block, x, parts, layer, overwrite=i > 0)
     return x
 
 
-def folded_bottleneck(block: nn.Module, x: Tensor, overwrite: bool = False) -> Tensor:
+def folded_bottleneck(
+        block: nn.Module, x: Tensor, parts: Dict[str, nn.Module], layer: Callable, overwrite: bool = False) -> Tensor:
     """Stands in for a `FoldedBottleneck` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
 
-    With overwrite, the result may take the memory of x.
+    With overwrite, the result may take the memory of x. What computes the block's `conv2` is given.
     """
-    parts = block._modules
+    modules = block._modules
     out = run_conv2d(parts['conv1'], x, 'relu')
-    out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
-    downsample = block.downsample
+    out = modules['avd_last'](layer(modules['avd_first'](out)))
+    downsample = modules.get('downsample')
     if downsample is not None:
         overwrite = type(downsample) is nn.Sequential and is_packable(downsample[-1], x.dtype) \
             and not are_watched([downsample])
@@ -209,5 +231,6 @@ def folded_bottleneck(block: nn.Module, x: Tensor, overwrite: bool = False) -> T
 
 def is_packable(conv: nn.Module, dtype: torch.dtype) -> bool:
     """Whether conv is a convolution that `run_conv2d` takes."""
-    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and type(conv.padding) is tuple \
+    return type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' \
+        and type(conv.padding) is type(conv.stride) is type(conv.dilation) is tuple \
         and type(conv._parameters.get('weight')) is nn.Parameter and conv.weight.dtype == dtype

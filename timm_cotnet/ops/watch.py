@@ -12,7 +12,7 @@ def is_traced(x: torch.Tensor) -> bool:
     """Whether operators are watched: jit.trace, make_fx, functorch, a mode, a proxy or tensor subclass."""
     return (
         type(x) not in _TENSORS
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()  # torch.jit.is_tracing, less what surrounds it
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or _are_functions_watched()

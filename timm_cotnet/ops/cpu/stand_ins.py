@@ -1,5 +1,5 @@
 """What stands in for folded CoT layers and for blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
-from typing import Optional
+from typing import Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +34,15 @@ def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None
     return F.relu(out)
 
 
-def folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """A `FoldedCotLayer` without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
-    parts, groups = layer._modules, layer.groups
-    static = run_conv2d(parts['key_embed'][0], x, 'relu')
+def folded_cot_layer(layer: nn.Module, x: Tensor, parts: Dict[str, nn.Module]) -> Tensor:
+    """A `FoldedCotLayer` without a gradient, (B, dim, H, W) -> (B, dim, H, W), whose parts were found by their paths."""
+    static = run_conv2d(parts['key_embed.0'], x, 'relu')
     hidden = run_conv2d(parts['key'], static, 'relu', addend=run_conv2d(parts['query'], x), overwrite=True)
-    logits, value = run_conv2d(parts['embed'][1], hidden), run_conv2d(parts['value'][0], x)
-    norm, se = parts['embed'][2], parts['se']
-    parameters = [norm.weight, norm.bias, layer.shift, se[0].weight, se[0].bias, se[2].weight, se[2].bias]
-    args = (value, logits, static, parameters, layer.kernel_size, layer.dilation, groups, norm.eps)
+    logits, value = run_conv2d(parts['embed.1'], hidden), run_conv2d(parts['value'], x)
+    norm, own = parts['embed.2'], [parts[path]._parameters for path in ('embed.2', 'se.0', 'se.2')]
+    parameters = [p[name] for p in own for name in ('weight', 'bias')]
+    parameters.insert(2, layer._parameters['shift'])
+    args = (value, logits, static, parameters, layer.kernel_size, layer.dilation, layer.groups, norm.eps)
     if torch.compiler.is_compiling():
         return torch.ops.timm_cotnet.contexts_folded(*args)
     return contexts_folded(*args)

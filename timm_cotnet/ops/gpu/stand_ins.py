@@ -116,7 +116,7 @@ def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     parts, groups = layer._modules, layer.groups
     _, attn, norm = parts['embed']
-    query, (value,), (se1, _, se2) = parts['query'], parts['value'], parts['se']
+    query, value, (se1, _, se2) = parts['query'], parts['value'], parts['se']
     static = conv_act(parts['key_embed'][0], x)
     hidden = conv_act(parts['key'], static, F.conv2d(x, query.weight, groups=groups), query.bias)
     logits = F.conv2d(hidden, tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups))
