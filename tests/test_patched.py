@@ -1,4 +1,4 @@
-"""Methods that programs replace, on one object or a whole class, and modes that see functions: nothing passes them by."""
+"""Methods that programs replace, on an object or a whole class, and modes that see functions: none is passed by."""
 import copy
 import types
 

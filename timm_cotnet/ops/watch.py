@@ -49,8 +49,9 @@ def as_written(cls: type, *names: str) -> None:
     """Remember methods of a class, which programs replace to see or change what all of its objects do."""
     for name in names or [name for name in _NAMES if name in cls.__dict__]:
         method = getattr(cls, name)
-        of_torch = getattr(method, '__globals__', {}).get('__name__', '').startswith(('torch.', __package__.split('.')[0]))
-        _WRITTEN.append((cls, name, method if of_torch else None))  # None: it was replaced before
+        module = getattr(method, '__globals__', {}).get('__name__', '')
+        known = module.startswith(('torch.', __package__.partition('.')[0]))
+        _WRITTEN.append((cls, name, method if known else None))  # None: it was replaced before
 
 
 as_written(nn.Module, '__call__', '_call_impl')
