@@ -263,7 +263,7 @@ def test_same_type_in_another_configuration(name, path):
     for i, variant in enumerate(variants):
         module = create(name).train()
         swap(module, path, variant)
-        assert_same(module, name, f'{path}, variant {i}: {variant}')
+        assert_same(module, name, f'{path}, variant {i}')  # PyTorch cannot print convolutions with numbers
 
 
 @pytest.mark.parametrize('name, path', CHILDREN)
