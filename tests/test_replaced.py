@@ -237,6 +237,14 @@ def test_parameters_of_any_strides(name):
                     assert difference(folded.eval()(x), wanted) < TOLERANCE, f'{what}, {memory_format}'
 
 
+@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer'])
+def test_norm_used_twice(name):
+    module = create(name).train()
+    module.bn = module.conv1x1[1]
+    assert_same(module, name, 'norm used twice')
+    assert not fast_paths(module, name)
+
+
 @pytest.mark.parametrize('name, path', CHILDREN)
 def test_another_type(name, path):
     module = create(name).train()
