@@ -13,6 +13,8 @@ from torch import nn
 from timm_cotnet.ops import onednn
 from timm_cotnet.ops.onednn import conv2d_act, kept, run_conv2d
 
+from helpers import run_python
+
 pytestmark = pytest.mark.skipif(
     onednn.why_not_packed(torch.float32) is not None, reason='PyTorch is built without oneDNN')
 CONVOLUTIONS = [
@@ -178,6 +180,28 @@ def test_copies_go_their_own_way(copied):
     conv.weight.data, other.weight.data = other.weight.data, conv.weight.data
     assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
     assert (run_conv2d(other, x) - other(x)).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['whole', 'whole and mapped', 'assigned'])
+def test_loaded_weights_may_be_written_to(how, tmp_path):
+    """Their memory is not as other memory of PyTorch's is; a mistake ends the process, so it has one of its own."""
+    run_python('-c', f"""
+import torch
+from torch import nn
+from timm_cotnet.ops.onednn import run_conv2d
+conv, x = nn.Conv2d(8, 8, 1), torch.randn(2, 8, 5, 5)
+with torch.no_grad():
+    if {how == 'assigned'}:
+        torch.save(nn.Conv2d(8, 8, 1).state_dict(), 'conv.pt')
+        conv.load_state_dict(torch.load('conv.pt'), assign=True)
+    else:
+        torch.save(conv, 'conv.pt')
+        conv = torch.load('conv.pt', weights_only=False, mmap={'mapped' in how})
+    for _ in range(3):
+        conv.weight.data.mul_(0.5)
+        assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
+""", cwd=tmp_path)
 
 
 @torch.no_grad()

@@ -172,6 +172,8 @@ def _why_not_training(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor, any_
     reason = _why_not_convs(layer, m, x)
     if reason is not None:
         return reason
+    if len({id(norm) for norm in norms}) < len(norms):
+        return 'a norm is used twice, and averages statistics twice'
     for norm in norms:
         reason = _why_not_train_norm(norm, x, any_float)
         if reason is not None:

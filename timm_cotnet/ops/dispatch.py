@@ -18,7 +18,7 @@ from .exported import is_exporting, local_conv_exported
 from .gpu.local_conv import local_conv_triton, why_not_triton
 from .reference import local_conv_reference
 from .shifted import LocalConvShifted
-from .watch import is_traced, needs_plain_graph
+from .watch import as_written, is_traced, needs_plain_graph
 
 
 class StandIn(NamedTuple):
@@ -48,6 +48,7 @@ def known_as(kind: str) -> Callable[[type], type]:
         _KINDS[cls] = kind
         if 'forward' in cls.__dict__:
             cls.forward = _asking_first(cls.forward)
+        as_written(cls)
         return cls
     return register
 

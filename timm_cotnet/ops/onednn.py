@@ -63,7 +63,8 @@ def kept(weight: Tensor, make: Callable, *args: Hashable, hint: Any = None) -> O
         if entry is not None and _is_same(weight, entry):
             return entry.result
     with _lock:
-        if torch._C._storage_Use_Count(key) > 2:  # the parameter, and what asks
+        # the parameter, and what asks; what torch.load makes has no allocator, which a write to shared memory calls
+        if torch._C._storage_Use_Count(key) > 2 or not storage.resizable():
             return None
         try:
             clone = torch._lazy_clone(weight.detach())

@@ -4,7 +4,7 @@ from typing import Dict, List, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .watch import are_watched
+from .watch import are_all_watched, is_patched
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSORS = (nn.Parameter, Tensor)
@@ -70,8 +70,8 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
     if there is one; if any_float in any floating dtype.
     """
     # the parts of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
-    if are_watched([]):
-        return 'hooks watch all modules'
+    if are_all_watched() or is_patched(module):
+        return 'hooks watch all modules, or a method of all or of this one is another one'
     found, by_path = [module], {}
     for parent, name, path, kind, size in parts:
         child = found[parent]._modules.get(name)
@@ -79,7 +79,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
             return f'{path} is a {type(child).__name__}, not a {kind.__name__}'
         own = child.__dict__
         if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'] \
-                or 'forward' in own:
+                or 'forward' in own or '_conv_forward' in own:
             return f'hooks watch {path}, or its forward is another one'
         parameters = own['_parameters']
         if kind is _CONV:

@@ -1,20 +1,28 @@
 """Who looks at what operators and modules do: only where nobody does may something else take the place of a module."""
-from typing import List
+from typing import Callable, List, Optional, Tuple
 
 import torch
 from torch import nn
+from torch.utils._device import DeviceContext
 
 _TENSORS = (torch.Tensor, nn.Parameter)
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether operators are watched: jit.trace, make_fx, functorch, a dispatch mode, a proxy or tensor subclass."""
+    """Whether operators are watched: jit.trace, make_fx, functorch, a mode, a proxy or tensor subclass."""
     return (
         type(x) not in _TENSORS
         or torch._C._is_tracing()  # torch.jit.is_tracing, less what surrounds it
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or _are_functions_watched()
     )
+
+
+def _are_functions_watched() -> bool:
+    """Whether a function mode sees what is called; that of a default device only makes tensors."""
+    count = torch._C._len_torch_function_stack()
+    return count > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))
 
 
 def needs_plain_graph(*tensors: torch.Tensor) -> bool:
@@ -24,7 +32,7 @@ def needs_plain_graph(*tensors: torch.Tensor) -> bool:
     """
     return torch.compiler.is_compiling() and (
         not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting()
-        or _is_functorch_active() or any(type(t) not in _TENSORS for t in tensors))
+        or _is_functorch_active() or _are_functions_watched() or any(type(t) not in _TENSORS for t in tensors))
 
 
 @torch.compiler.assume_constant_result  # of the graph that is being made
@@ -32,17 +40,56 @@ def _is_functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def are_watched(modules: List[nn.Module], children: bool = True) -> bool:
-    """Whether hooks, or other forward methods, see what modules and their children get and return."""
+# methods that a call runs, here or of a CoT layer: replaced ones are no part of what something may stand in for
+_NAMES = ('forward', '_conv_forward', 'contexts', '_concatenate')
+_WRITTEN: List[Tuple[type, str, Optional[Callable]]] = []
+
+
+def as_written(cls: type, *names: str) -> None:
+    """Remember methods of a class, which programs replace to see or change what all of its objects do."""
+    for name in names or [name for name in _NAMES if name in cls.__dict__]:
+        method = getattr(cls, name)
+        module = getattr(method, '__globals__', {}).get('__name__', '')
+        known = module.startswith(('torch.', __package__.partition('.')[0]))
+        _WRITTEN.append((cls, name, method if known else None))  # None: it was replaced before
+
+
+as_written(nn.Module, '__call__', '_call_impl')
+as_written(nn.Conv2d, 'forward', '_conv_forward')
+for _cls in (nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.SiLU, nn.Sequential, nn.Identity):
+    as_written(_cls, 'forward')
+
+
+def are_all_watched() -> bool:
+    """Whether hooks see all modules, or methods of whole classes were replaced."""
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks \
             or everywhere._global_backward_pre_hooks:
+        return True
+    for cls, name, method in _WRITTEN:
+        if getattr(cls, name) is not method:
+            return True
+    return False
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module has methods of its own in place of those of its class."""
+    own = module.__dict__
+    for name in _NAMES:
+        if name in own:
+            return True
+    return False
+
+
+def are_watched(modules: List[nn.Module], children: bool = True) -> bool:
+    """Whether hooks, or other methods, see what modules and their children get and return."""
+    if are_all_watched():
         return True
     modules = list(modules)
     for module in modules:  # grows; by hand, as `modules()` would take longer than a block does
         if module is not None:
             if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks \
-                    or module._backward_pre_hooks or 'forward' in module.__dict__:
+                    or module._backward_pre_hooks or is_patched(module):
                 return True
             if children:
                 modules += module._modules.values()
