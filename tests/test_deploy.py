@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer
-from timm_cotnet.deploy import FoldedBottleneck, FoldedCotAttention, FoldedCotLayer, FoldedStage
+from timm_cotnet.deploy import FoldedBottleneck, FoldedCotAttention, FoldedCotLayer, FoldedStage, FoldedStem
 from timm_cotnet.ops import dispatch
 
 from deploy_helpers import FOLDED, MODELS, check, fold, made, model_of, network, pictures
@@ -191,10 +191,35 @@ def test_golden_layers():
 
 def test_stem_is_folded():
     plain, deep = (reparameterize_model(model_of(name)) for name in ('cotnext50_2x48d', 'se_cotnetd_50'))
-    for model, conv in ((plain, plain.conv1), (deep, deep.conv1[-1])):
-        assert type(conv) is nn.Conv2d and conv.bias is not None
-        assert type(model.bn1) is nn.Identity and type(model.act1) is nn.ReLU
-    assert not norms(deep.conv1)
+    for model, convs in ((plain, 1), (deep, 3)):
+        assert [type(m) for m in model.conv1] == [nn.Conv2d, nn.ReLU] * convs
+        assert all(conv.bias is not None for conv in model.conv1[::2])
+        assert type(model.conv1) is FoldedStem and type(model.bn1) is type(model.act1) is nn.Identity
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['test_cotnet', 'se_cotnetd_50'])
+def test_stem_that_somebody_changed(name):
+    """ReLU goes into the stem only where it is one and nobody watches; afterwards what is changed is called."""
+    x = image(2, 3, 64, 64, memory_format=torch.channels_last)
+    for change in (
+            lambda model: setattr(model, 'act1', nn.GELU()),
+            lambda model: model.act1.register_forward_hook(lambda module, args, out: 2 * out)):
+        model = model_of(name).float()
+        change(model)
+        folded = reparameterize_model(model)
+        assert type(folded.act1) is type(model.act1) and type(folded.conv1) is not FoldedStem
+        assert difference(folded(x), copy.deepcopy(model).double()(x.double())) < 1e-4
+    model = model_of(name).float()
+    for change in (
+            lambda stem: stem.__setitem__(1, nn.GELU()),
+            lambda stem: stem[0].register_forward_hook(lambda module, args, out: 2 * out),
+            lambda stem: stem.append(nn.Sigmoid()),
+            lambda stem: stem[0].weight.data.mul_(2)):
+        folded = reparameterize_model(model)
+        folded(x)
+        change(folded.conv1)
+        assert difference(folded(x), copy.deepcopy(folded).double()(x.double())) < 1e-4
 
 
 def test_stem_of_a_copy_of_a_copy():
@@ -251,7 +276,7 @@ def test_replaced_first_convolution():
     model.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False).double()
     folded = reparameterize_model(model)
     check(model, folded, pictures())
-    assert type(folded.bn1) is nn.Identity and folded.conv1.kernel_size == (3, 3)
+    assert type(folded.bn1) is nn.Identity and folded.conv1[0].kernel_size == (3, 3)
     model.conv1 = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), nn.GELU()).double()  # what is behind it is not linear
     folded = reparameterize_model(model)
     check(model, folded, pictures())

@@ -342,16 +342,35 @@ class FirstStage(Stage):
         return {name: value for name, value in self.__dict__.items() if name != '_network'}
 
 
+@known_as('folded_stem')
+class FoldedStem(nn.Sequential):
+    """Convolutions with a ReLU behind each: (B, in_chans, H, W) -> (B, C, H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 def fold_stem(network: nn.Module) -> None:
-    """Fold `conv1` (a convolution, or a sequence that ends in one) and `bn1` of a timm ResNet."""
+    """Fold `conv1` (a convolution, or a sequence that ends in one), `bn1` and a ReLU of a timm ResNet."""
     if type(network.conv1) is not nn.Sequential:
         fold_pair(network, 'conv1', 'bn1')
-        return
-    fold_sequential(network.conv1)
-    affine = affine_of(network.bn1)
-    if affine is not None and is_known_conv(network.conv1[-1]) and _is_plain_sequence(network.conv1):
+        layers = [network.conv1]
+    else:
+        fold_sequential(network.conv1)
+        affine = affine_of(network.bn1)
+        if affine is None or not is_known_conv(network.conv1[-1]) or not _is_plain_sequence(network.conv1):
+            return
         network.conv1[-1] = fold_norm(network.conv1[-1], affine)
         network.bn1 = affine.act
+        layers = network.conv1
+    layers = list(_sequence(network.training, *layers, network.bn1, network.act1))
+    if all(is_known_conv(m) if i % 2 == 0 else type(m) is nn.ReLU and not are_watched([m])
+           for i, m in enumerate(layers)) and len(layers) % 2 == 0:
+        network.conv1 = FoldedStem(*layers)
+        network.conv1.training = network.training
+        network.bn1, network.act1 = (nn.Identity().train(network.training) for _ in range(2))
 
 
 def _is_plain_sequence(layers: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import onednn, parts
 from .gpu.local_conv import why_not_triton
 from .parts import FLOATS, Found, find, has_bias, is_plain
-from .watch import are_watched, is_traced, needs_plain_graph
+from .watch import is_traced, is_watched, needs_plain_graph
 
 try:
     cpu = importlib.import_module('.cpu', __package__)  # the only import of that folder, without which all works
@@ -336,6 +336,21 @@ def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], like: Tensor, C: 
     return _why_not_filters(layer, attn, m['embed.2'], C)
 
 
+def look_at_folded_stem(stem: nn.Module, x: Tensor) -> Found:
+    return _why_not_inference(x) or _find_folded_stem(stem, x)
+
+
+def look_at_folded_stem_on_gpu(stem: nn.Module, x: Tensor) -> Found:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return 'x is not channels-last'
+    return _why_not_on_gpu(x, training=False) or _why_not_cudnn(x) or _find_folded_stem(stem, x)
+
+
+def _find_folded_stem(stem: nn.Module, x: Tensor) -> Found:
+    of_stem = parts.FOLDED_STEMS.get(len(stem._modules))
+    return 'it is not one convolution with a ReLU, or three' if of_stem is None else find(stem, of_stem, x)
+
+
 def look_at_folded_bottleneck(block: nn.Module, x: Tensor) -> Found:
     return _why_not_inference(x) or find(block, parts.FOLDED_BOTTLENECK, x)
 
@@ -348,7 +363,7 @@ def look_at_folded_stage(stage: nn.Module, x: Tensor) -> Union[str, List[FoundBl
     for name, block in stage._modules.items():
         if KINDS.get(type(block)) != 'folded_bottleneck':
             return f'{name} is a {type(block).__name__}, not a folded bottleneck'
-        if are_watched([block], children=False):
+        if is_watched(block):
             return f'hooks watch {name}, or its forward is another one'
         m = find(block, parts.FOLDED_BOTTLENECK, x)
         if isinstance(m, str):
@@ -364,7 +379,7 @@ def _look_ahead(block: nn.Module, like: Tensor, channels: int) -> Optional[Dict[
     have driven the instructions for it out of the caches.
     """
     pool, layer = block._modules['avd_first'], block._modules['conv2']
-    if KINDS.get(type(layer)) != 'folded_cot_layer' or are_watched([pool, layer], children=False) \
+    if KINDS.get(type(layer)) != 'folded_cot_layer' or is_watched(pool) or is_watched(layer) \
             or type(pool) is not nn.Identity and KINDS.get(type(pool)) != 'avg_pool':
         return None
     found = _look_at_folded_cot_layer(layer, like, channels)

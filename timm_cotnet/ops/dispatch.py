@@ -162,6 +162,8 @@ _ON_CPU = {
     'folded_cot_layer': (StandIn(
         'packed convolutions and a C kernel', conditions.look_at_folded_cot_layer,
         lambda *a: conditions.cpu.folded_cot_layer(*a)),),
+    'folded_stem': (StandIn(
+        'packed convolutions', conditions.look_at_folded_stem, lambda _, x, found: onednn.folded_stem(found, x)),),
     'folded_stage': (StandIn(
         'packed convolutions, in place', conditions.look_at_folded_stage,
         lambda _, x, found: onednn.folded_stage(found, x, _run_folded_cot_layer)),),
@@ -182,6 +184,8 @@ _ON_GPU = {
         StandIn('zeros and a pool without padding', conditions.why_not_padded_pool, _gpu('padded_pool'))),
     'folded_cot_layer': (
         StandIn('cuDNN and Triton kernels', conditions.why_not_folded_on_gpu, _gpu('infer_folded_cot_layer')),),
+    'folded_stem': (
+        StandIn('cuDNN convolutions with ReLU', conditions.look_at_folded_stem_on_gpu, _gpu('infer_folded_stem')),),
     'folded_bottleneck': (
         StandIn('cuDNN convolutions with ReLU', conditions.why_not_folded_bottleneck_on_gpu,
                 _gpu('infer_folded_bottleneck')),),

@@ -189,6 +189,13 @@ def run_conv2d(
     return conv2d_act(x, *args, overwrite)
 
 
+def folded_stem(parts: Dict[str, nn.Module], x: Tensor) -> Tensor:
+    """Stands in for a `FoldedStem` of these parts without a gradient: (B, in_chans, H, W) -> (B, C, H', W')."""
+    for conv in list(parts.values())[::2]:
+        x = run_conv2d(conv, x, 'relu')
+    return x
+
+
 def folded_stage(blocks: List[Tuple], x: Tensor, run_layer: Callable) -> Tensor:
     """Stands in for a `FoldedStage` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
 

@@ -56,6 +56,8 @@ FOLDED_COT_LAYER = _parts(
     se=[nn.Conv2d, nn.ReLU, nn.Conv2d],
 )
 FOLDED_BOTTLENECK = _parts(conv1=nn.Conv2d, act1=nn.ReLU, conv3=nn.Conv2d, act3=nn.ReLU)
+FOLDED_STEMS = {  # by the number of children
+    count: _parts(**{str(i): (nn.Conv2d, nn.ReLU)[i % 2] for i in range(count)}) for count in (2, 6)}
 COT_ATTENTION = _parts(
     key_embed=[nn.Conv2d, nn.BatchNorm2d, nn.ReLU],
     value_embed=[nn.Conv2d, nn.BatchNorm2d],
@@ -104,13 +106,13 @@ _COMPUTED = 'has a weight that is computed whenever it is read'
 
 def _why_not_conv(own: Dict, parameters: Dict[str, Optional[Tensor]]) -> Optional[str]:
     """For the attributes and parameters of an `nn.Conv2d`."""
-    if own['padding_mode'] != 'zeros' \
-            or not type(own['padding']) is type(own['stride']) is type(own['dilation']) is type(own['kernel_size']) is tuple:
+    size, stride, padding, dilation = own['kernel_size'], own['stride'], own['padding'], own['dilation']
+    if own['padding_mode'] != 'zeros' or not type(size) is type(stride) is type(padding) is type(dilation) is tuple:
         return 'does not pad by a number of zeros, or its sizes are no tuples'
     if 'weight' not in parameters:
         return _COMPUTED
     out, bias = own['out_channels'], parameters.get('bias')
-    if parameters['weight'].shape != (out, own['in_channels'] // own['groups'], *own['kernel_size']) \
+    if parameters['weight'].shape != (out, own['in_channels'] // own['groups'], *size) \
             or bias is not None and bias.shape != (out,):
         return 'has filters or a bias of other sizes than it says'
     return None

@@ -88,12 +88,19 @@ def are_watched(modules: List[nn.Module], children: bool = True) -> bool:
     modules = list(modules)
     for module in modules:  # grows; by hand, as `modules()` would take longer than a block does
         if module is not None:
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks \
-                    or module._backward_pre_hooks or is_patched(module):
+            if is_watched(module):
                 return True
             if children:
                 modules += module._modules.values()
     return False
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks of a module itself, or methods of its own, see what it gets and returns."""
+    own = module.__dict__
+    return bool(
+        own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']
+        or is_patched(module))
 
 
 def wants_plain(*grads: torch.Tensor) -> bool:

@@ -14,8 +14,8 @@ from .norm import norm_act, norm_act_eval, running_table
 from .pool import avg_pool
 
 __all__ = [
-    'infer_bottleneck', 'infer_cot_layer', 'infer_folded_bottleneck', 'infer_folded_cot_layer', 'padded_pool', 'pool',
-    'train_bottleneck', 'train_cot_layer']
+    'infer_bottleneck', 'infer_cot_layer', 'infer_folded_bottleneck', 'infer_folded_cot_layer', 'infer_folded_stem',
+    'padded_pool', 'pool', 'train_bottleneck', 'train_cot_layer']
 
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -126,6 +126,13 @@ def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     mixing = Mixing(se1.weight, se1.bias, None, se2.weight, se2.bias)
     out = _contexts(value, logits, static, (attn.bias, norm.weight, norm.bias), None, layer.shift, mixing, s)
     return out if is_channels_last else out.contiguous()
+
+
+def infer_folded_stem(stem: nn.Module, x: Tensor) -> Tensor:
+    """A `FoldedStem` without a gradient: (B, in_chans, H, W) -> (B, C, H', W')."""
+    for conv in list(stem)[::2]:
+        x = conv_act(conv, x)
+    return x
 
 
 def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
