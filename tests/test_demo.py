@@ -208,6 +208,14 @@ def test_files_that_are_no_images_are_left_out(tmp_path, capsys):
         create_datasets(data)
 
 
+def test_diverged_training_is_told(tmp_path):
+    data = own_images(tmp_path / 'data', {'red': 5, 'blue': 5})
+    options = ['--data', str(data), '--device', 'cpu', '--img-size', '32', '--epochs', '1', '--lr', '1e30']
+    with pytest.raises(SystemExit, match='The training diverged: .* --lr is 1e\\+30, a smaller one may help'):
+        main([*options, '--output', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out' / 'model').exists()
+
+
 @pytest.mark.slow
 def test_demo_on_own_images(tmp_path, capsys):
     data = own_images(tmp_path / 'data', {'red': 25, 'blue': 25})

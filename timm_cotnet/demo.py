@@ -124,8 +124,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         print('Stopped before the first step: there is nothing to save.', file=sys.stderr)
         sys.exit(130)
     folder = args.output / 'model'
-    save_folder(trained.model, folder, class_names)
     final_accuracy, logits, targets = evaluate(trained.model, val_loader, device)
+    if not logits.isfinite().all():
+        sys.exit(f'The training diverged: outputs are no finite numbers. --lr is {args.lr}, a smaller one may help')
+    save_folder(trained.model, folder, class_names)
 
     loaded, _ = load_model(str(folder))
     _, loaded_logits, _ = evaluate(loaded.to(device), val_loader, device)
