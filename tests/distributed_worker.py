@@ -6,40 +6,21 @@ import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_F
 import torch.nn.functional as F
 from helpers import FORMATS, has_kernels, image
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
+from timm_cotnet.detection.sync_batch_norm import convert_sync_batchnorm
 from timm_cotnet.ops import conditions
 
 BATCH = 4  # images in each process
-
-
-class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the images of all processes, as `nn.SyncBatchNorm`, which works on GPUs only."""
-
-    def forward(self, x):
-        sums = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = dist_F.all_reduce(sums) / dist.get_world_size()
-        x = (x - mean[:, None, None]) * (square - mean.square() + self.eps).rsqrt()[:, None, None]
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-def normed_by(model, kind):
-    """The model with norms that are frozen, synchronized, or neither (None)."""
-    if kind == 'frozen':
-        return freeze_batch_norm_2d(model)
-    for module in model.modules():
-        if kind == 'synced' and type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm
-    return model
 
 
 def network():
@@ -75,8 +56,8 @@ def check(name, actual, expected, limit):
 
 
 def ddp(folder):
-    """timm's task of train.py: gradients are those of one process on the joined batch, with norms that do not look at
-    it; with those that do, the mean of the gradients on each part."""
+    """timm's task of train.py: with norms that are frozen or synchronized, gradients are those of one process on the
+    joined batch; with others, the mean of the gradients on each part."""
     from timm.task import ClassificationTask
 
     rank, wing = dist.get_rank(), conditions.cpu
@@ -84,22 +65,23 @@ def ddp(folder):
         if kernels and not has_kernels():
             continue
         conditions.cpu = wing if kernels else None
-        model = normed_by(network().float(), norms).to(memory_format=memory_format)
-        x, target = batch(torch.float32, memory_format)
+        # synchronized norms round differently, by which a ReLU may switch in float32; nothing stands in for them
+        dtype = torch.float64 if norms == 'synced' else torch.float32
+        model = network().to(dtype, memory_format=memory_format)
+        if norms == 'frozen':
+            freeze_batch_norm_2d(model)
+        x, target = batch(dtype, memory_format)
         task = ClassificationTask(copy.deepcopy(model), criterion=nn.CrossEntropyLoss(), verbose=False)
         task.prepare_distributed(broadcast_buffers=False)
+        if norms == 'synced':
+            convert_sync_batchnorm(task)  # after DistributedDataParallel, which refuses them on the CPU
         part = slice(rank * BATCH, (rank + 1) * BATCH)
         task(x[part], target[part])['loss'].backward()
         actual = [p.grad for p in task.parameters()]
         conditions.cpu = None
-        if norms is None:
-            expected = mean_gradients(model, x, target)
-        else:
-            for module in model.modules():
-                if type(module) is SyncedBatchNorm:
-                    module.__class__ = nn.BatchNorm2d
-            expected = gradients(model, x, target)
-        check(f'ddp, norms {norms}, kernels {kernels}, {memory_format}', actual, expected, 1e-3)
+        expected = (mean_gradients if norms is None else gradients)(model, x, target)
+        limit = 1e-9 if norms == 'synced' else 1e-3
+        check(f'ddp, norms {norms}, kernels {kernels}, {memory_format}', actual, expected, limit)
         conditions.cpu = wing
 
 
@@ -117,7 +99,9 @@ def fsdp(folder):
         if kernels and not has_kernels():
             continue
         dtype, norms = (torch.float64, 'frozen') if kernels is None else (torch.float32, None)
-        model = normed_by(network(), norms).to(dtype)
+        model = network().to(dtype)
+        if norms == 'frozen':
+            freeze_batch_norm_2d(model)
         x, target = batch(dtype, memory_format)
         sharded = copy.deepcopy(model)
         for module in sharded.modules():
@@ -144,15 +128,15 @@ def fsdp(folder):
         torch.save(model.state_dict(), folder / 'one_process.pt')
 
 
-def train(folder, scripts, *args):
-    """timm's train.py; in it, DistributedDataParallel gets no `device_ids`, which it refuses on the CPU. Where
-    KILL_AFTER is set, the second process is killed after so many steps."""
+def train(folder, scripts, ways, name, *args):
+    """timm's train.py in each of the ways, one after the other; in it, DistributedDataParallel gets no `device_ids`,
+    which it refuses on the CPU. Where KILL_AFTER is set, the second process is killed after so many steps."""
     import runpy
 
     from timm.task import ClassificationTask
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    prepare, steps = ClassificationTask.prepare_distributed, itertools.count(1)
+    prepare, steps, wing = ClassificationTask.prepare_distributed, itertools.count(1), conditions.cpu
     ClassificationTask.prepare_distributed = lambda self, device_ids, **kwargs: prepare(self, **kwargs)
 
     def kill(*_):
@@ -160,14 +144,19 @@ def train(folder, scripts, *args):
             os.kill(os.getpid(), signal.SIGKILL)
 
     register_optimizer_step_post_hook(kill)
-    sys.argv = ['train.py', *args]
-    runpy.run_path(str(Path(scripts) / 'train.py'), run_name='__main__')
+    for way in ways.split(','):
+        conditions.cpu = None if 'plain' in way else wing
+        sys.argv = ['train.py', *args, '--output', str(folder / way), '--experiment', name]
+        if 'channels_last' in way:
+            sys.argv.append('--channels-last')
+        if name == 'resumed':
+            sys.argv += ['--resume', str(folder / way / 'killed' / 'last.pth.tar')]
+        with mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT):
+            runpy.run_path(str(Path(scripts) / 'train.py'), run_name='__main__')
 
 
 if __name__ == '__main__':
     task, folder, *rest = sys.argv[1:]
-    if task != 'train':
-        dist.init_process_group('gloo', timeout=timedelta(seconds=60))
+    dist.init_process_group('gloo', timeout=timedelta(seconds=60))
     {'ddp': ddp, 'fsdp': fsdp, 'train': train}[task](Path(folder), *rest)
-    if task != 'train':
-        dist.destroy_process_group()
+    dist.destroy_process_group()

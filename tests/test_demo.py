@@ -196,6 +196,26 @@ def test_own_images_are_refused(counts, message, tmp_path):
         main(['--data', str(own_images(tmp_path / 'data', counts)), '--output', str(tmp_path / 'out')])
 
 
+def test_files_that_are_no_images_are_left_out(tmp_path, capsys):
+    data = own_images(tmp_path / 'data', {'red': 11, 'blue': 10})
+    (data / 'red' / 'broken.png').write_text('no image')
+    train, val = create_datasets(data)
+    assert len(train) == 17 and len(val) == 4
+    assert '1 of 22 files are no images and left out: ' in capsys.readouterr().err
+    for path in data.glob('*/*.png'):
+        path.write_bytes(b'')
+    with pytest.raises(ValueError, match='data has no image that can be read; .*png is none'):
+        create_datasets(data)
+
+
+def test_diverged_training_is_told(tmp_path):
+    data = own_images(tmp_path / 'data', {'red': 5, 'blue': 5})
+    options = ['--data', str(data), '--device', 'cpu', '--img-size', '32', '--epochs', '1', '--lr', '1e30']
+    with pytest.raises(SystemExit, match='The training diverged: .* --lr is 1e\\+30, a smaller one may help'):
+        main([*options, '--output', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out' / 'model').exists()
+
+
 @pytest.mark.slow
 def test_demo_on_own_images(tmp_path, capsys):
     data = own_images(tmp_path / 'data', {'red': 25, 'blue': 25})
@@ -281,7 +301,7 @@ def test_demo_refuses_a_file_as_output(tmp_path):
 
 
 def test_demo_refuses_numbers_that_are_too_small(capsys):
-    for option, least in (('epochs', 1), ('batch-size', 2)):
+    for option, least in (('epochs', 1), ('batch-size', 2), ('seed', 0)):
         with pytest.raises(SystemExit) as error:
             main([f'--{option}', str(least - 1)])
         assert error.value.code == 2

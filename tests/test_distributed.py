@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import FORMAT_NAMES, has_kernels
 from train_script import SCRIPTS, with_scripts
 
 from timm_cotnet.digits import write_digits
@@ -56,27 +57,31 @@ def test_killed_process_ends_the_run_and_resumed_it_is_as_undisturbed(tmp_path):
     for path in digits.glob('train/*/*.png'):
         if int(path.stem) % 8:
             path.unlink()
+    kernels = ('kernels', 'plain') if has_kernels() else ('plain',)
+    ways = [f'{kind}-{memory_format}' for kind in kernels for memory_format in FORMAT_NAMES.values()]
 
-    def train(name, *args, **env):
+    def train(name, ways, **env):
         return torchrun(
-            'train', tmp_path, SCRIPTS, '--data-dir', str(digits), '--val-split', '', '--model', 'test_cotnet',
-            '--num-classes', '10', '--device', 'cpu', '--workers', '1', '--batch-size', '16', '--no-aug',
-            '--img-size', '32', '--lr', '0.01', '--epochs', '2', '--warmup-epochs', '0', '--model-ema',
-            '--output', str(tmp_path), '--experiment', name, *args, env=env)
+            'train', tmp_path, SCRIPTS, ','.join(ways), name, '--data-dir', str(digits), '--val-split', '', '--model',
+            'test_cotnet', '--num-classes', '10', '--device', 'cpu', '--workers', '1', '--batch-size', '16', '--no-aug',
+            '--img-size', '32', '--lr', '0.01', '--epochs', '2', '--warmup-epochs', '0', '--model-ema', env=env)
 
-    assert train('undisturbed').returncode == 0
-    start = time.monotonic()
-    killed = train('killed', KILL_AFTER='8')  # of 5 or 6 steps in an epoch
-    assert killed.returncode != 0 and 'Signal 9 (SIGKILL)' in killed.stdout
-    assert time.monotonic() - start < 120
-    last = tmp_path / 'killed' / 'last.pth.tar'
-    assert torch.load(last, weights_only=False)['epoch'] == 0
-    assert train('resumed', '--resume', str(last)).returncode == 0
-    expected, actual = (
-        torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('undisturbed', 'resumed'))
-    assert actual['epoch'] == expected['epoch'] == 1
-    for kind in ('state_dict', 'state_dict_ema'):
-        assert set(actual[kind]) == set(expected[kind])
-        assert all(torch.equal(value, expected[kind][key]) for key, value in actual[kind].items())
-    before = torch.load(last, weights_only=False)['state_dict']
-    assert not any(torch.equal(before[key], actual['state_dict'][key]) for key in ('conv1.0.weight', 'fc.weight'))
+    def load(way, name):
+        return torch.load(tmp_path / way / name / 'last.pth.tar', weights_only=False)
+
+    assert train('undisturbed', ways).returncode == 0
+    for way in ways:
+        start = time.monotonic()
+        killed = train('killed', [way], KILL_AFTER='8')  # of 5 or 6 steps in an epoch
+        assert killed.returncode != 0 and 'Signal 9 (SIGKILL)' in killed.stdout
+        assert time.monotonic() - start < 120
+        assert load(way, 'killed')['epoch'] == 0
+    assert train('resumed', ways).returncode == 0
+    for way in ways:
+        expected, actual, before = (load(way, name) for name in ('undisturbed', 'resumed', 'killed'))
+        assert actual['epoch'] == expected['epoch'] == 1
+        for kind in ('state_dict', 'state_dict_ema'):
+            assert set(actual[kind]) == set(expected[kind])
+            assert all(torch.equal(value, expected[kind][key]) for key, value in actual[kind].items())
+        for key in ('conv1.0.weight', 'fc.weight'):
+            assert not torch.equal(before['state_dict'][key], actual['state_dict'][key])

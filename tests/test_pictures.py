@@ -7,7 +7,7 @@ pytest.importorskip('matplotlib', reason='pictures are drawn with matplotlib, of
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from timm_cotnet.pictures import draw_training, overlay, shorten  # noqa: E402
+from timm_cotnet.pictures import draw_grad_cam, draw_training, overlay, shorten  # noqa: E402
 
 
 @pytest.mark.parametrize('steps, epochs', [(1, 0), (60, 3)])
@@ -17,6 +17,13 @@ def test_training_curve(steps, epochs, tmp_path):
         assert picture.width > 800 and picture.height > 300
         for box in ((0, 0, picture.width, 2), (0, picture.height - 2, picture.width, picture.height)):
             assert picture.convert('L').crop(box).getextrema() == (255, 255)
+
+
+def test_many_classes_take_several_rows(tmp_path):
+    path = draw_grad_cam(
+        tmp_path / 'cam.png', 'model', torch.rand(32, 32, 3), torch.rand(10, 4, 4), [f'class {i}' for i in range(10)])
+    with Image.open(path) as picture:
+        assert picture.width < 1500 and picture.height > 900
 
 
 def test_map_lies_over_the_whole_image_and_its_bar_says_what_lies_outside():

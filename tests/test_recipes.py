@@ -92,13 +92,17 @@ def test_commands(tmp_path, capsys, monkeypatch):
         (tmp_path / 'cotnet50.yaml').unlink(missing_ok=True)
         assert main(['cotnet50', *options]) == 0
         assert f'  {command} --config cotnet50.yaml --data-dir DIR\n' in capsys.readouterr().out
+    assert main(['modern', '--output', 'a b.yaml']) == 0
+    assert "--config 'a b.yaml' --data-dir DIR" in capsys.readouterr().out
     assert (tmp_path / 'cotnet50.yaml').read_text().startswith(
         '# cotnet50 of timm_cotnet, as published. Images in a step: 1280, GPUs: 16\n')
 
 
 @pytest.mark.parametrize('argv, message', [
     (['cotnet5'], "there is no recipe 'cotnet5'; there are cotnet50, "),
-    (['cotnet50', '--gpus', '-1'], '--gpus is -1, expected 1 or more'),
+    (['cotnet50', '--gpus', '0'], '--gpus is 0, expected 1 or more'),
+    (['finetune', '--num-classes', '0'], '--num-classes is 0, expected 1 or more'),
+    (['modern', '--output', '/no/such/folder.yaml'], '--output is /no/such/folder.yaml, which cannot be written: '),
     (['cotnet50', '--batch-size', '-8'], '--batch-size is -8, expected 1 or more'),
     (['cotnet50', '--grad-accum-steps', '0'], '--grad-accum-steps is 0, expected 1 or more'),
     (['modern', '--model', 'cotnet5'], "timm knows no model 'cotnet5'"),

@@ -1,11 +1,13 @@
 """Ways of training in timm's train.py: a classifier that starts at zero learns the digits in one epoch."""
 import math
+import shutil
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from helpers import FORMATS, image
+from timm.utils import NativeScaler
 from train_script import run_train_script, with_scripts
 
 from timm_cotnet.digits import write_digits
@@ -17,8 +19,8 @@ WAYS = {
     'ema': ('--model-ema', '--model-ema-decay', '0.9', '--model-ema-warmup'),
     'layer decay': ('--layer-decay', '0.8'),
     'drop path and drop block': ('--drop-path', '0.1', '--drop-block', '0.1', '--channels-last'),
-    'compiled': ('--torchcompile', 'aot_eager'),  # the same graphs as with inductor, whose compiler takes minutes
 }
+needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs the C++ compiler g++')
 
 
 @pytest.fixture(scope='module')
@@ -26,20 +28,43 @@ def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp('digits'))
 
 
-@pytest.mark.slow
-@with_scripts
-@pytest.mark.parametrize('way', WAYS)
-def test_learns(way, digits, tmp_path, monkeypatch):
+def learn(digits, tmp_path, monkeypatch, *options, **kwargs):
+    """Trains for one epoch; the loss falls, and the accuracy passes 95 %."""
     rows = run_train_script(
         monkeypatch, tmp_path, '--data-dir', str(digits), '--model', 'test_cotnet', '--pretrained',
         '--num-classes', '10', '--head-init-scale', '0', '--epochs', '1', '--warmup-epochs', '0', '--no-aug',
-        '--opt', 'adamw', '--lr', '2e-3', '--batch-size', '64', '--smoothing', '0', *WAYS[way])
+        '--opt', 'adamw', '--lr', '2e-3', '--sched-on-updates', '--batch-size', '64', '--smoothing', '0', *options,
+        **kwargs)
     assert float(rows[0]['eval_loss']) < float(rows[0]['train_loss']) < math.log(10)  # the loss of the first step
     assert float(rows[0]['eval_top1']) >= 95
 
 
+@pytest.mark.slow
+@with_scripts
+@pytest.mark.parametrize('way', WAYS)
+def test_learns(way, digits, tmp_path, monkeypatch):
+    learn(digits, tmp_path, monkeypatch, *WAYS[way])
+
+
+@pytest.mark.slow
+@with_scripts
+@needs_compiler
+def test_learns_compiled(digits, tmp_path, monkeypatch):
+    learn(digits, tmp_path, monkeypatch, '--torchcompile', 'inductor', '--batch-size', '52')  # divides 364: one shape
+
+
+@pytest.mark.slow
+@with_scripts
+def test_learns_in_float16_with_a_scaler(digits, tmp_path, monkeypatch):
+    """Without oneDNN, whose gradients of weights are its reference code in float16: six times as long."""
+    scaler = NativeScaler('cpu')
+    with torch.backends.mkldnn.flags(enabled=False):
+        learn(digits, tmp_path, monkeypatch, '--amp', '--amp-dtype', 'float16', scaler=scaler)
+    state = scaler.state_dict()
+    assert state['scale'] == 2. ** 16 and state['_growth_tracker'] == 1433 // 64  # no step was left out
+
+
 def test_scaled_gradients_in_float16_are_those_in_float32():
-    """A few images, as PyTorch's convolutions take seconds for that on a CPU; train.py scales on GPUs only."""
     torch.manual_seed(0)
     model = timm.create_model('test_cotnet', pretrained=True).train()
     x, target = image(8, 3, 32, 32), torch.arange(8)

@@ -215,13 +215,37 @@ def test_command_refuses(tmp_path, capsys):
             (['--model', 'resnet18'], 'resnet18 has no CoT layer'),
             (['--model', 'no_such_cotnet'], 'no_such_cotnet'),
             (['--model', 'cotnet50', '--checkpoint', 'missing.pth'], 'missing.pth'),
-            (['--model', 'test_cotnet', '--device', 'cuda:99'], 'error: ')):
-        assert main([image, *options, '--output', str(tmp_path / 'out')]) == 1
+            (['--model', str(tmp_path)], 'is a folder without config.json'),
+            ([__file__, '--model', 'test_cotnet'], 'test_visualize.py cannot be read as an image'),
+            (['--model', 'test_cotnet', '--output', image], 'photo.png, where nothing can be written')):
+        assert main(['--output', str(tmp_path / 'out'), image, *options]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / 'out').exists()
-    with pytest.raises(SystemExit):
-        main([image, '--img-size', '4'])
-    assert '--img-size is 4, expected one or two numbers from 32 on' in capsys.readouterr().err
+    for options, message in (
+            (['--img-size', '4'], '--img-size is 4, expected one or two numbers from 32 on'),
+            (['--model', 'test_cotnet', '--device', 'cuda:99'], '--device is cuda:99, which cannot be used: ')):
+        with pytest.raises(SystemExit):
+            main([image, *options])
+        assert message in capsys.readouterr().err
+
+
+def test_classes_that_were_not_learned_are_said_to_be_random(tmp_path, capsys):
+    image, output = str(photo(tmp_path / 'photo.png')), tmp_path / 'out'
+    options = ['--model', 'test_cotnet', '--layers', 'layer4.0.conv2', '--output', str(output)]
+    assert main([image, *options, '--num-classes', '10']) == 0
+    assert 'RANDOM' not in capsys.readouterr().err and 'RANDOM' not in (output / 'index.html').read_text()
+    assert main([image, *options, '--num-classes', '12']) == 0
+    assert 'RANDOM CLASSIFIER' in capsys.readouterr().err
+    assert '<p class="note">RANDOM CLASSIFIER' in (output / 'index.html').read_text()
+
+
+def test_interrupted_command_says_so(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr('timm_cotnet.visualize.grad_cam', interrupt)
+    image = str(photo(tmp_path / 'photo.png'))
+    assert main([image, '--model', 'test_cotnet', '--output', str(tmp_path / 'out')]) == 130
+    assert 'Stopped. Pictures that were drawn before are in' in capsys.readouterr().err
 
 
 def test_networks_without_classes_and_with_one_channel(tmp_path):

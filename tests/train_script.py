@@ -20,10 +20,15 @@ def load_train_script():
     return module
 
 
-def run_train_script(monkeypatch, output, *options):
-    """Trains in this process on the CPU; the rows of summary.csv."""
+def run_train_script(monkeypatch, output, *options, scaler=None):
+    """Trains in this process on the CPU, with a scaler of losses, which the script has on GPUs only; the rows of
+    summary.csv."""
     options += ('--device', 'cpu', '--workers', '1', '--output', str(output), '--experiment', 'run')
     monkeypatch.setattr(sys, 'argv', ['train.py', *options])
-    load_train_script().main()
+    script = load_train_script()
+    if scaler is not None:
+        train_one_epoch = script.train_one_epoch
+        script.train_one_epoch = lambda *args, **kwargs: train_one_epoch(*args, **{**kwargs, 'loss_scaler': scaler})
+    script.main()
     with (output / 'run' / 'summary.csv').open() as file:
         return list(csv.DictReader(file))

@@ -20,6 +20,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import _hub
@@ -30,8 +31,9 @@ from torch import nn
 
 from .digits import HELD_OUT, write_digits
 from .layers import CotLayer
+from .misfit import first_few
 from .progress import BusyWatch, Progress, StopRequest
-from .visualize import cot_layers, layer_maps, load_model
+from .visualize import UNREADABLE, cot_layers, layer_maps, load_model
 
 EMBEDDED = 'test_cotnet'  # the model whose weights are in the package
 EMBEDDED_ACCURACY = 97.  # percent of the held-out digits that they get right at least
@@ -122,8 +124,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         print('Stopped before the first step: there is nothing to save.', file=sys.stderr)
         sys.exit(130)
     folder = args.output / 'model'
-    save_folder(trained.model, folder, class_names)
     final_accuracy, logits, targets = evaluate(trained.model, val_loader, device)
+    if not logits.isfinite().all():
+        sys.exit(f'The training diverged: outputs are no finite numbers. --lr is {args.lr}, a smaller one may help')
+    save_folder(trained.model, folder, class_names)
 
     loaded, _ = load_model(str(folder))
     _, loaded_logits, _ = evaluate(loaded.to(device), val_loader, device)
@@ -187,9 +191,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         args.min_accuracy = 0. if args.data else 90.
     if args.img_size is None and not args.data:
         args.img_size = 64
-    for name, least in (('epochs', 1), ('batch_size', 2), ('img_size', 1), ('workers', 0)):
+    for name, least in (('epochs', 1), ('batch_size', 2), ('img_size', 1), ('workers', 0), ('lr', 0), ('seed', 0)):
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             parser.error(f'--{name.replace("_", "-")} is {value}, expected {least} or more')
     return args
 
@@ -218,6 +222,8 @@ def check_embedded_weights(digits: Path, batch_size: int, device: torch.device) 
 def create_datasets(data: Path):
     """timm's datasets of an image folder, to train on and held out; see `OWN_IMAGES`.
 
+    Files that do not begin as an image does are left out, with a word on stderr.
+
     Raises:
         ValueError: If the folder has not what it should have.
         RuntimeError: If there are no images.
@@ -237,19 +243,38 @@ def create_datasets(data: Path):
         unknown = sorted(set(val.reader.class_to_idx) - set(classes))
         if unknown:
             raise ValueError(f'{val_folder} has the class {unknown[0]!r}, of which there is no image to train on')
-        return train, create_dataset('', root=val_folder, search_split=False, class_map=classes)
+        val = create_dataset('', root=val_folder, search_split=False, class_map=classes)
+        for folder, dataset in ((train_folder, train), (val_folder, val)):
+            dataset.reader.samples = _readable(folder, dataset.reader.samples)
+        return train, val
 
     val = create_dataset('', root=train_folder or data, search_split=False)
-    ranks, counts = [], {}
-    for _, label in train.reader.samples:
+    samples, ranks, counts = _readable(train_folder or data, train.reader.samples), [], {}
+    for _, label in samples:
         counts[label] = counts.get(label, 0) + 1
         ranks.append(counts[label])
     for dataset, held_out in ((train, False), (val, True)):
         dataset.reader.samples = [
-            sample for sample, rank in zip(dataset.reader.samples, ranks) if (rank % HELD_OUT == 0) == held_out]
+            sample for sample, rank in zip(samples, ranks) if (rank % HELD_OUT == 0) == held_out]
     if not val.reader.samples:
         raise ValueError(f'{data} has less than {HELD_OUT} images of each class: too few to hold one out')
     return train, val
+
+
+def _readable(folder: Path, samples: Sequence[Tuple[str, int]]) -> List[Tuple[str, int]]:
+    """The samples (file, class) whose file begins as an image does."""
+    readable, others = [], []
+    for sample in samples:
+        try:
+            Image.open(sample[0]).close()
+            readable.append(sample)
+        except UNREADABLE:
+            others.append(sample[0])
+    if not readable:
+        raise ValueError(f'{folder} has no image that can be read; {others[0]} is none')
+    if others:
+        print(f'{len(others)} of {len(samples)} files are no images and left out: {first_few(others)}', file=sys.stderr)
+    return readable
 
 
 def _first_folder(data: Path, *names: str) -> Optional[Path]:

@@ -22,6 +22,7 @@ __all__ = ['Picture', 'Section', 'draw_predictions', 'draw_section', 'draw_train
 OPACITY = 0.75  # of a map over its image
 DARKEST = 0.4  # grey of black in an image under a map, so that the map's colours can be told apart there
 CELLS = 16  # most lines of direction in a row
+COLUMNS = 4  # of Grad-CAM in a row
 DPI = 110
 
 
@@ -148,10 +149,13 @@ def draw_mixing(path: Path, head: str, pixels: Tensor, maps: Sequence) -> Path:
 
 def draw_grad_cam(path: Path, head: str, pixels: Tensor, maps: Tensor, labels: Sequence[str]) -> Path:
     """The image, and the Grad-CAM of each class over it."""
-    columns = 1 + len(labels)
-    figure = Figure(figsize=_size(pixels, columns, 1), layout='constrained')
+    count = 1 + len(labels)
+    columns, rows = min(count, COLUMNS), -(-count // COLUMNS)
+    figure = Figure(figsize=_size(pixels, columns, rows), layout='constrained')
     _explain(figure, f'Grad-CAM: {head}', GRAD_CAM)
-    first, *others = figure.subplots(1, columns)
+    first, *others = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in others[len(labels):]:
+        ax.axis('off')
     first.imshow(_grey_or_colour(pixels).numpy(), cmap='gray', vmin=0, vmax=1)
     first.set_title('as the network sees it', fontsize=10)
     first.set(xticks=[], yticks=[])
@@ -180,7 +184,7 @@ def draw_training(path: Path, title: str, losses: Sequence[float], floor: float,
     window = len(losses) // 20
     if window > 1:
         smooth = np.convolve(losses, np.ones(window) / window, 'valid')
-        left.plot(steps[window - 1:], smooth, color='#225588', label=f'mean of {window} steps')
+        left.plot(steps[:len(smooth)] + (window - 1) / 2, smooth, color='#225588', label=f'mean of {window} steps')
     left.axhline(floor, color='black', linestyle='--', linewidth=1, label=f'least possible, {floor:.2f}')
     left.set(xlabel='step', ylabel='training loss', ylim=(0, None))
     left.legend(frameon=False, fontsize=8)

@@ -4,6 +4,7 @@ Without a name, lists them. With one, writes it as YAML for `train.py --config`,
 of images in a step, and prints the command that trains.
 """
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import timm
 import yaml
 
 __all__ = ['RECIPES', 'Recipe']
+
+TIMM = 'https://github.com/huggingface/pytorch-image-models'
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.name not in RECIPES:
         parser.error(f'there is no recipe {args.name!r}; there are {", ".join(RECIPES)}')
     recipe = RECIPES[args.name]
+    for option in ('gpus', 'nodes', 'batch_size', 'grad_accum_steps', 'num_classes'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f'--{option.replace("_", "-")} is {value}, expected 1 or more')
     gpus, batch_size = args.gpus or recipe.gpus, args.batch_size or recipe.args['batch_size']
-    for option, value in (('gpus', gpus), ('nodes', args.nodes), ('batch-size', batch_size),
-                          ('grad-accum-steps', args.grad_accum_steps)):
-        if value < 1:
-            parser.error(f'--{option} is {value}, expected 1 or more')
     model = args.model or recipe.args['model']
     if not timm.is_model(model):
         parser.error(f'timm knows no model {model!r}; timm.list_models() lists them')
@@ -91,11 +94,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error(f'{path} exists; remove it or name another file by --output')
     images = args.nodes * gpus * batch_size * args.grad_accum_steps
     header = f'# {args.name} of timm_cotnet, {recipe.about}. Images in a step: {images}, GPUs: {args.nodes * gpus}\n'
-    path.write_text(header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None), encoding='utf-8')
+    try:
+        path.write_text(header + yaml.safe_dump(content, sort_keys=False, default_flow_style=None), encoding='utf-8')
+    except OSError as error:
+        parser.error(f'--output is {path}, which cannot be written: {error}')
     print(f'{path}: {images} images in a step, learning rate {content["lr"]:g}. Train by')
-    print(f'  {_launcher(args.nodes, gpus)} train.py --config {path} --data-dir DIR')
+    print(f'  {_launcher(args.nodes, gpus)} train.py --config {shlex.quote(str(path))} --data-dir DIR')
     if args.nodes > 1:
         print('on each machine, where HOST is the name of one of them.')
+    print(f'train.py is that of {TIMM}.')
     return 0
 
 

@@ -27,6 +27,9 @@ from .misfit import first_few
 
 __all__ = ['GradCam', 'LayerMaps', 'cot_layers', 'grad_cam', 'layer_maps', 'load_model', 'visualize']
 
+# what Pillow raises for a file that is missing, broken, or no image
+UNREADABLE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class LayerMaps:
@@ -233,11 +236,12 @@ def visualize(
         The page, `index.html`.
 
     Raises:
-        ValueError: If the model has no such layers or takes no images of 1 or 3 channels, or a file is no image.
+        ValueError: If the model has no such layers or takes no images of 1 or 3 channels, a file is no image, or output
+            cannot be made.
     """
     from . import pictures
 
-    cot_layers(model, layers)  # refused before anything is written
+    cot_layers(model, layers)
     config = getattr(model, 'pretrained_cfg', {})
     size = {} if img_size is None else {'input_size': (3, *img_size)}
     data_config = resolve_data_config(size, model=model, use_test_size=True)
@@ -250,12 +254,18 @@ def visualize(
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     names = class_names or _class_names(model)
     title = title or config.get('architecture') or type(model).__name__
+    images, mode = [Path(path) for path in images], 'L' if channels == 1 else 'RGB'
+    for path in images:  # refused before anything is written
+        _open(path, mode)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'output is {output}, where nothing can be written: {error}') from error
 
     sections, stems = [], set()
-    for path in map(Path, images):
-        x = transform(_open(path, 'L' if channels == 1 else 'RGB'))
+    for path in images:
+        x = transform(_open(path, mode))
         pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).float()  # (H, W, C)
         maps = layer_maps(model, x[None], layers)
         try:
@@ -281,7 +291,7 @@ def _unused(stem: str, taken: set) -> str:
 def _open(path: Path, mode: str) -> Image.Image:
     try:
         return Image.open(path).convert(mode)
-    except OSError as error:  # missing, or not an image
+    except UNREADABLE as error:
         raise ValueError(f'{path} cannot be read as an image: {error}') from error
 
 
@@ -312,7 +322,7 @@ def load_model(
 
     Raises:
         RuntimeError: If timm knows no such model, or the checkpoint does not fit.
-        OSError: If there is no such checkpoint.
+        OSError: If there is no such checkpoint, or a folder has no config.json.
     """
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f'--checkpoint is {checkpoint}, where no file is')
@@ -325,6 +335,8 @@ def load_model(
             config['architecture'], pretrained_cfg=known, checkpoint_path=checkpoint or folder / WEIGHTS_NAME,
             **{'num_classes': config['num_classes'], **classes})
         return model.eval(), ''
+    if folder.is_dir() and not timm.is_model(name):
+        raise FileNotFoundError(f'{folder} is a folder without config.json, which convert and demo write')
     if checkpoint is not None:
         return timm.create_model(name, checkpoint_path=checkpoint, **classes).eval(), ''
     with torch.device('meta'):
@@ -372,11 +384,21 @@ def main(argv: Optional[List[str]] = None) -> int:
         if why_random:
             note = 'RANDOM WEIGHTS: these maps show the layers at work, not what a trained network sees'
             print(f'{note}.\nWhy: {why_random}\n--checkpoint FILE gives the model weights.', file=sys.stderr)
+        elif not args.checkpoint and args.num_classes and args.num_classes != model.pretrained_cfg['num_classes']:
+            note = 'RANDOM CLASSIFIER: Grad-CAM and probabilities are those of classes that it has not learned'
+            print(f'{note}.', file=sys.stderr)
+        try:
+            model.to(args.device)
+        except (AssertionError, RuntimeError) as error:  # the first: torch without CUDA
+            parser.error(f'--device is {args.device}, which cannot be used: {error}')
         page = visualize(
-            model.to(args.device), args.images, args.output, size, args.layers, args.top, title=args.model, note=note)
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # the first: torch without CUDA
+            model, args.images, args.output, size, args.layers, args.top, title=args.model, note=note)
+    except (OSError, RuntimeError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f'\nStopped. Pictures that were drawn before are in {args.output}.', file=sys.stderr)
+        return 130
     print(f'Written: {page}, and the pictures that it shows; open it in a browser.')
     return 0
 
