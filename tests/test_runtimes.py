@@ -170,13 +170,17 @@ def test_files_of_eight_bits_are_small(tmp_path):
     assert path.stat().st_size < 0.3 * source.stat().st_size
 
 
-@pytest.mark.parametrize('how', ['half', 'openvino'])
-def test_command(how, tmp_path, capsys):
-    pytest.importorskip('onnxruntime' if how == 'half' else 'openvino', reason=f'no runtime for {how}')
-    path = tmp_path / ('model.onnx' if how == 'half' else 'model.xml')
-    options = ['--half'] if how == 'half' else ['--dynamic']
+@pytest.mark.parametrize('how', ['half', 'int8', 'openvino'])
+def test_command(how, digits, tmp_path, capsys):
+    pytest.importorskip('openvino' if how == 'openvino' else 'onnxruntime', reason=f'no runtime for {how}')
+    path = tmp_path / ('model.xml' if how == 'openvino' else 'model.onnx')
+    options = {'half': ['--half'], 'openvino': ['--dynamic'],
+               'int8': ['--int8', str(digits / 'train'), '--calibration', '16']}[how]
     assert export.main(['test_cotnet', '--output', str(path), '--pretrained', '--check', *options]) == 0
     assert 'of the largest logit' in capsys.readouterr().out
+    if how == 'int8':
+        kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
+        assert kinds.count('DequantizeLinear') >= 2 * kinds.count('Conv') >= 80
 
 
 def test_core_ml_converts(tmp_path):
