@@ -67,7 +67,7 @@ def test_few_operators_of_low_rank(known):
              if node.op == 'call_function' and hasattr(node.target, 'overloadpacket') and 'val' in node.meta]
     counts = collections.Counter(node.target.overloadpacket._qualified_op_name.split('::')[1] for node in nodes)
     assert counts['mul'] == 9 and counts['add'] == 8 and counts['constant_pad_nd'] == (4 if known else 6)
-    assert counts['transpose'] == (0 if known else 1) and counts['slice'] <= 9  # three that change something
+    assert counts['transpose'] == (0 if known else 1) and counts['slice'] <= 12  # three that change something
     assert not {'select', 'index', 'lerp', 'cat'} & set(counts)
     assert max(node.meta['val'].ndim for node in nodes if hasattr(node.meta['val'], 'ndim')) <= 5
 
