@@ -1,4 +1,5 @@
 """Exported models: the form of local convolution in them, files of PyTorch's own formats, and the command."""
+import collections
 import os
 import shutil
 import subprocess
@@ -31,14 +32,21 @@ def folded(name='test_cotnet', **kwargs):
 # The form of local convolution
 
 
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 @pytest.mark.parametrize('crops', [False, True])
 @pytest.mark.parametrize('B, C, G, H, W', [(2, 16, 2, 5, 6), (1, 8, 8, 3, 2), (3, 8, 1, 1, 1), (1, 8, 4, 1, 7)])
 @pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 1), (3, 2), (3, 4), (5, 1), (7, 3)])
-def test_equals_the_definition(kernel_size, dilation, B, C, G, H, W, crops):
-    """Where taps lie outside of the image, too."""
+@pytest.mark.parametrize('known', [True, False])
+def test_equals_the_definition(known, kernel_size, dilation, B, C, G, H, W, crops):
+    """Where taps lie outside of the image, too, whether sizes are known or may be any."""
     x = image(B, C, H, W, dtype=torch.float64)
     weight = image(B, G * kernel_size ** 2, H, W, dtype=torch.float64, seed=2).view(B, G, -1, H, W)
-    out = local_conv_exported(x, weight, kernel_size, dilation, crops)
+    def function(x, weight):
+        return local_conv_exported(x, weight, kernel_size, dilation, crops)
+
+    if not known:  # in a trace, sizes are tensors
+        function = torch.jit.trace(function, (x, weight), check_trace=False)
+    out = function(x, weight)
     assert difference(out, local_conv_reference(x, weight, kernel_size, dilation)) < 1e-14
 
 
@@ -49,15 +57,19 @@ def test_half_types_are_accumulated_in_float32():
         assert out.dtype == dtype and difference(out, local_conv_reference(x, weight)) < 1e-2
 
 
-def test_few_operators_of_low_rank():
-    """Nine products, eight sums, six copies and one permutation of the filters; nothing is indexed."""
+@pytest.mark.parametrize('known', [True, False])
+def test_few_operators_of_low_rank(known):
+    """Nine products and eight sums, four shifts; of filters three pieces, where sizes may be any permuted before."""
     x, weight = image(2, 16), image(2, 18, seed=2).view(2, 2, 9, 6, 7)
-    nodes = make_fx(lambda *a: local_conv_exported(*a, crops=True))(x, weight).graph.nodes
-    names = [node.target.overloadpacket._qualified_op_name.split('::')[1]
-             for node in nodes if node.op == 'call_function' and hasattr(node.target, 'overloadpacket')]
-    assert names.count('mul') == 9 and names.count('add') == 8 and names.count('constant_pad_nd') == 6
-    assert not {'slice', 'select', 'index', 'lerp', 'cat'} & set(names)
-    assert max(node.meta['val'].ndim for node in nodes if hasattr(node.meta.get('val'), 'ndim')) <= 5
+    graph = make_fx(
+        lambda *a: local_conv_exported(*a, crops=True), tracing_mode='real' if known else 'symbolic')(x, weight).graph
+    nodes = [node for node in graph.nodes
+             if node.op == 'call_function' and hasattr(node.target, 'overloadpacket') and 'val' in node.meta]
+    counts = collections.Counter(node.target.overloadpacket._qualified_op_name.split('::')[1] for node in nodes)
+    assert counts['mul'] == 9 and counts['add'] == 8 and counts['constant_pad_nd'] == (4 if known else 6)
+    assert counts['transpose'] == (0 if known else 1) and counts['slice'] <= 12  # three that change something
+    assert not {'select', 'index', 'lerp', 'cat'} & set(counts)
+    assert max(node.meta['val'].ndim for node in nodes if hasattr(node.meta['val'], 'ndim')) <= 5
 
 
 @needs_export_flag

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exported import is_exporting
 from .local_conv import grouped_local_conv
 
 
@@ -75,6 +76,8 @@ def contexts(value: Tensor, logits: Tensor, static: Tensor, p: ContextsParameter
 
 def pool_contexts(dynamic: Tensor, static: Tensor) -> Tensor:
     """Mean over the pixels of the sum of both contexts: (B, C, H, W) twice -> (B, C, 1, 1)."""
+    if torch.jit.is_scripting() or _is_exporting():  # one pool
+        return (dynamic + static).mean((2, 3), keepdim=True)
     return dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
 
 
@@ -90,8 +93,17 @@ def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor) -> Tensor:
         (B, C, H, W), in the dtype of dynamic.
     """
     B, C = dynamic.shape[0], dynamic.shape[1]
-    weights = attn.view(B, C, 2, 1).softmax(2).to(dynamic.dtype).split(1, 2)  # (B, C, 1, 1) twice
-    return dynamic * weights[0] + static.to(dynamic.dtype) * weights[1]
+    weights = attn.view(B, C, 2, 1).softmax(2).to(dynamic.dtype)
+    static = static.to(dynamic.dtype)
+    if torch.jit.is_scripting() or _is_exporting():
+        return static + (dynamic - static) * weights[:, :, :1]
+    weights = weights.split(1, 2)  # (B, C, 1, 1) twice
+    return dynamic * weights[0] + static * weights[1]
+
+
+@torch.jit.unused
+def _is_exporting() -> bool:
+    return is_exporting()
 
 
 def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:

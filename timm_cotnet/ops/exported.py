@@ -1,9 +1,12 @@
 """Local convolution as exported graphs hold it: few operators that every runtime knows, and runs in large pieces.
 
 A tap needs an image shifted by rows and columns. Runtimes copy what they shift, slice or index, so little is: x by
-columns, the eight times smaller filters by rows, and the k sums of products back by rows. Padding, multiplying and
-adding is all that is left; no size of an image is written into the graph, and no tensor has a rank above 5.
+columns, the eight times smaller filters by rows, and the k sums of products back by rows. Multiplying and adding is all
+that is left, and no tensor has a rank above 5. Where the size of an image is known, filters are shifted by where they
+are cut out; where it may be any, it is not written into the graph.
 """
+from typing import List
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,20 +42,31 @@ def local_conv_exported(
     B, C, H, W = x.shape
     G = weight.shape[1]
     center = kernel_size // 2
-    # channel c = m * G + g uses filter g: (B, C, H, W) -> (B, C // G, G, H, W), and filters -> (B, 1, taps * G, H, W)
-    x = x.reshape(B, C // G, G, H, W)
-    rows = weight.transpose(1, 2).reshape(B, 1, kernel_size * kernel_size * G, H, W).split(kernel_size * G, 2)
+    x = x.reshape(B, C // G, G, H, W)  # channel c = m * G + g uses filter g
+    taps = _rows_of_taps(weight, kernel_size, dilation, crops)
     columns = [_shifted(x, 0, (center - j) * dilation, crops) for j in range(kernel_size)]
     out = x  # is replaced by the middle row
     for offset in range(kernel_size):
         i = (center + offset) % kernel_size  # the middle one first
-        taps = _shifted(rows[i], (i - center) * dilation, 0, crops).split(G, 2)
-        total = columns[0] * taps[0]
+        total = columns[0] * taps[i][0]
         for j in range(1, kernel_size):
-            total = total + columns[j] * taps[j]
+            total = total + columns[j] * taps[i][j]
         total = _shifted(total, (center - i) * dilation, 0, crops)
         out = total if offset == 0 else out + total
     return out.reshape(B, C, H, W).to(dtype)
+
+
+def _rows_of_taps(weight: Tensor, kernel_size: int, dilation: int, crops: bool) -> List[List[Tensor]]:
+    """The filters, (B, 1, G, H, W) for each of k taps in each of k rows, moved by rows; anything may move in."""
+    B, G, taps, H, W = weight.shape
+    shifts = [(i - kernel_size // 2) * dilation for i in range(kernel_size)]
+    if isinstance(H, int):
+        n = kernel_size * H
+        starts = [i * n - max(-H, min(shift, H)) for i, shift in enumerate(shifts)]
+        weight = weight.reshape(B, 1, G, taps * H, W)
+        return [weight[:, :, :, start:start + n].split(H, 3) for start in starts]
+    rows = weight.transpose(1, 2).reshape(B, 1, taps * G, H, W).split(kernel_size * G, 2)
+    return [_shifted(row, shift, 0, crops).split(G, 2) for row, shift in zip(rows, shifts)]
 
 
 def _shifted(x: Tensor, rows: int, cols: int, crops: bool) -> Tensor:
