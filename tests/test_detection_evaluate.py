@@ -68,7 +68,8 @@ def test_other_labels_are_wrong_and_unknown_ones_left_out(dataset):
 
 def test_the_other_evaluation_agrees(dataset):
     """The same numbers as pycocotools, where that is installed."""
-    reference = pytest.importorskip('pycocotools.cocoeval', reason='pycocotools, with which the numbers are compared, is not installed')
+    reference = pytest.importorskip(
+        'pycocotools.cocoeval', reason='pycocotools, with which the numbers are compared, is not installed')
     from pycocotools.coco import COCO
     from timm_cotnet.detection.evaluate import coco_results
 

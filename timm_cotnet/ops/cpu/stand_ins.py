@@ -35,7 +35,7 @@ def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None
 
 
 def folded_cot_layer(layer: nn.Module, x: Tensor, parts: Dict[str, nn.Module]) -> Tensor:
-    """A `FoldedCotLayer` without a gradient, (B, dim, H, W) -> (B, dim, H, W), whose parts were found by their paths."""
+    """A `FoldedCotLayer` of these parts without a gradient: (B, dim, H, W) -> (B, dim, H, W)."""
     static = run_conv2d(parts['key_embed.0'], x, 'relu')
     hidden = run_conv2d(parts['key'], static, 'relu', addend=run_conv2d(parts['query'], x), overwrite=True)
     logits, value = run_conv2d(parts['embed.1'], hidden), run_conv2d(parts['value'], x)
