@@ -1,5 +1,6 @@
 """Exported models: the form of local convolution in them, files of PyTorch's own formats, and the command."""
 import collections
+import copy
 import os
 import shutil
 import subprocess
@@ -136,6 +137,17 @@ assert not {'timm', 'timm_cotnet'} & set(sys.modules)
 assert (out - expected).abs().max() < 1e-4 * expected.abs().max()
 print('good')
 '''
+
+
+@pytest.mark.slow
+@needs_compiler
+@needs_export_flag
+def test_exported_programs_compile():
+    """What `torch.export` gave is compiled by Inductor, which once read images cut out across taps wrong."""
+    model, x = folded(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        compiled = torch.compile(torch.export.export(model, (x,)).module())
+        assert difference(compiled(x), copy.deepcopy(model).double()(x.double())) < 1e-5
 
 
 @pytest.mark.slow

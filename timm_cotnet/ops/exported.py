@@ -2,7 +2,7 @@
 
 A tap needs an image shifted by rows and columns. Runtimes copy what they shift, slice or index, so little is: x by
 columns, the eight times smaller filters by rows, and the k sums of products back by rows. Multiplying and adding is all
-that is left, and no tensor has a rank above 5. Where the size of an image is known, filters are shifted by where they
+that is left, and no tensor has a rank above 5. In ONNX graphs of images of a known size, filters are shifted by where they
 are cut out; where it may be any, it is not written into the graph.
 """
 from typing import List
@@ -34,7 +34,8 @@ def local_conv_exported(
         weight: (B, G, k * k, H, W).
         kernel_size: k, odd.
         dilation: Distance between the taps, in pixels.
-        crops: Whether a padding may be negative, one operator where else there are two: ONNX has it, Core ML has not.
+        crops: Whether the graph is one of ONNX, which has negative paddings where Core ML needs two operators, and is
+            not compiled by Inductor, which gets images cut out of channels-last ones across taps wrong (PyTorch 2.14).
     """
     dtype = x.dtype
     if dtype == torch.float16 or dtype == torch.bfloat16:
@@ -60,7 +61,7 @@ def _rows_of_taps(weight: Tensor, kernel_size: int, dilation: int, crops: bool) 
     """The filters, (B, 1, G, H, W) for each of k taps in each of k rows, moved by rows; anything may move in."""
     B, G, taps, H, W = weight.shape
     shifts = [(i - kernel_size // 2) * dilation for i in range(kernel_size)]
-    if isinstance(H, int):
+    if crops and isinstance(H, int):
         n = kernel_size * H
         starts = [i * n - max(-H, min(shift, H)) for i, shift in enumerate(shifts)]
         weight = weight.reshape(B, 1, G, taps * H, W)
