@@ -3,7 +3,8 @@ import copy
 
 import pytest
 import torch
-from helpers import create, difference, has_kernels, image
+from helpers import MODULES, create, difference, has_kernels, image
+from torch._dynamo import compiled_autograd
 
 from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.ops import conditions, cot_layer
@@ -176,6 +177,17 @@ def test_without_kernels_taps_are_plain():
     x, weight = (t.detach().double() for t in inputs())
     (graph,) = graphs_of(lambda x: local_conv(x, weight), x)
     assert operators(graph) == []
+
+
+@pytest.mark.filterwarnings('ignore:Dynamo does not know how to trace')
+@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer', 'CotBottleneck'])
+def test_compiled_autograd_of_an_eager_forward(name):
+    module, x = create(name).train(), image(3, MODULES[name][1], memory_format=torch.channels_last).requires_grad_()
+    other = copy.deepcopy(module)
+    expected = torch.autograd.grad(other(x).square().sum(), (x, *other.parameters()))
+    with compiled_autograd._enable(torch.compile(backend='eager')):
+        grads = torch.autograd.grad(module(x).square().sum(), (x, *module.parameters()))
+    assert all(torch.equal(g, e) for g, e in zip(grads, expected))
 
 
 @torch.no_grad()

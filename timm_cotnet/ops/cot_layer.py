@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import contexts as definition  # the module, as it may be on its way to import what imports this one
 from .batch_norm import Averages, averages_of
-from .watch import wants_plain
+from .watch import untraced, wants_plain
 
 
 class TrainingParameters(NamedTuple):
@@ -126,7 +126,7 @@ class TrainCotLayer(torch.autograd.Function):
         if wants_plain(grad):
             grads = differentiable_gradients(grad, x, saved[:count], needed, ctx.settings)
         else:
-            grads = ctx.implementation(grad, x, saved[:count], saved[count:], needed, ctx.settings)
+            grads = untraced(ctx.implementation)(grad, x, saved[:count], saved[count:], needed, ctx.settings)
         return grads[0], None, None, None, *grads[1:]
 
 

@@ -103,6 +103,11 @@ def is_watched(module: nn.Module) -> bool:
         or is_patched(module))
 
 
+def untraced(function: Callable) -> Callable:
+    """A function that compiled autograd calls instead of looking inside, where it cannot follow kernels."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
 def wants_plain(*grads: torch.Tensor) -> bool:
     """Whether a backward has to be differentiable plain PyTorch: for a second derivative or many gradients at once."""
     return torch.is_grad_enabled() or any(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import batch_norm as definition  # the module, as it may be on its way to import this one
 from ..batch_norm import Averages, averages_of
-from ..watch import wants_plain
+from ..watch import untraced, wants_plain
 from .build import call
 from .contexts import Norm
 from .local_conv import Shape, channels_last
@@ -63,7 +63,7 @@ class TrainBatchNorm(torch.autograd.Function):
         grad, x, out = (t if t is None else channels_last(t.float()) for t in (grad, x, out))
         weight, bias, table = (t.float().contiguous() for t in (weight, bias, table))
         wants_x, _, _, wants_residual = ctx.needs_input_grad[:4]
-        grad_x, grad_residual, grad_weight, grad_bias = batch_norm_backward(
+        grad_x, grad_residual, grad_weight, grad_bias = untraced(batch_norm_backward)(
             grad, x, weight, bias, table, ctx.eps, ctx.relu, out, wants_x)
         if not wants_residual:
             grad_residual = None

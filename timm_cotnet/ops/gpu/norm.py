@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
-from ..watch import wants_plain
+from ..watch import untraced, wants_plain
 from .launch import Walk, accumulator, all_rows, launch
 
 
@@ -116,7 +116,7 @@ class NormAct(torch.autograd.Function):
         grad, x = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
         out = None if out is None else out.contiguous(memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
-            grad_x, grad_residual, grads = norm_backward(grad, x, out, weight, table, ctx.needs_input_grad[1])
+            grad_x, grad_residual, grads = untraced(norm_backward)(grad, x, out, weight, table, ctx.needs_input_grad[1])
         grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(grads, (weight, bias)))
         return grad_x, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None, None
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ..watch import wants_plain
+from ..watch import untraced, wants_plain
 from .launch import THREADS, VECTOR, accumulator, launch, power_of_2
 
 Pair = Tuple[int, int]
@@ -38,7 +38,7 @@ class AvgPool(torch.autograd.Function):
                 return torch.autograd.grad(out, x, grad, create_graph=True)[0], None, None, None
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        _launch(grad, grad_x, True, *ctx.geometry)
+        untraced(_launch)(grad, grad_x, True, *ctx.geometry)
         return grad_x, None, None, None
 
 
