@@ -1,6 +1,7 @@
 """What several test files use: modules and inputs, comparisons, and a wing of CPU kernels in plain PyTorch."""
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,13 @@ class Lora(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
+
+
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
+needs_export_flag = pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_exporting'),
+    reason='PyTorch 2.6 cannot tell compiling from exporting, so both get plain operators')
+needs_cpp_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='Inductor needs the C++ compiler g++')
 
 
 class PlainWing:

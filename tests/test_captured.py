@@ -7,7 +7,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from helpers import MODULES, create, difference, image, plain_wing
+from helpers import MODULES, create, difference, image, needs_export_flag, plain_wing
 
 
 def fold(module):
@@ -84,8 +84,7 @@ def test_captured_with_kernels_at_hand(how):
         assert not wing.called
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting: plain')
+@needs_export_flag
 @torch.no_grad()
 @pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer', 'CotBottleneck', 'SplitAttnBottleneck'])
 def test_compiled_with_kernels_at_hand(name):

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from helpers import MODULES, create, difference, has_kernels, image
+from helpers import MODULES, create, difference, image, needs_export_flag, needs_kernels
 from torch._dynamo import compiled_autograd
 
 from timm_cotnet import CotLayer, local_conv
@@ -11,10 +11,7 @@ from timm_cotnet.ops import conditions, cot_layer
 from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.reference import local_conv_reference
 
-pytestmark = [
-    pytest.mark.skipif(
-        not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting: plain'),
-    pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')]
+pytestmark = [needs_export_flag, needs_kernels]
 MAX_NODES = 20  # of a layer in training
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.cotnet import CotBottleneck
-from timm_cotnet.deploy import Stage
+from timm_cotnet.deploy import FoldedStem, Stage
 from timm_cotnet.ops import conditions
 from timm_cotnet.ops.dispatch import Choice, choose_local_conv, recorded, stand_in
 
@@ -33,6 +33,15 @@ def reason(module, x, name):
         stand_in(module, x)
     choice, = (choice for choice in choices if choice.module is module)
     return None if choice.implementation == name else dict(choice.why_not)[name]
+
+
+def assert_refused(module, x, name, change, expected):
+    """The row `name` takes the module until it is changed, and then not, for a reason that holds what is expected."""
+    with plain_wing():
+        assert reason(module, x, name) is None
+        change(module)
+        found = reason(module, x, name)
+    assert re.search(expected, found), found
 
 
 def channels_last(*shape, dtype=torch.float32):
@@ -155,13 +164,7 @@ def computed(conv):
 @pytest.mark.parametrize('what', TRAINING)
 def test_reasons_in_training(what):
     change, expected = TRAINING[what]
-    layer = create('CotLayer').train()
-    x = channels_last(3, 32, 6, 7)
-    with plain_wing():
-        assert reason(layer, x, TRAIN) is None
-        change(layer)
-        found = reason(layer, x, TRAIN)
-    assert re.search(expected, found), found
+    assert_refused(create('CotLayer').train(), channels_last(3, 32, 6, 7), TRAIN, change, expected)
 
 
 @pytest.mark.parametrize('what', [what for what in TRAINING if what not in ('dtype', 'statistic')])  # taken there
@@ -252,13 +255,8 @@ FOLDED_LAYER = {
 @pytest.mark.parametrize('what', FOLDED_LAYER)
 def test_reasons_of_folded_layers(what):
     change, expected = FOLDED_LAYER[what]
-    layer = folded_modules()[FOLDED]
     x = channels_last(3, 32, 6, 7)
-    with plain_wing():
-        assert reason(layer, x, FOLDED) is None
-        change(layer)
-        found = reason(layer, x, FOLDED)
-        assert re.search(expected, found), found
+    assert_refused(folded_modules()[FOLDED], x, FOLDED, change, expected)
     with plain_wing() as wing:
         layer = folded_modules()[FOLDED]
         wing.why_not = lambda dtype: 'no compiler'
@@ -297,6 +295,19 @@ def test_folded_stage_looks_ahead(what):
     assert wing.called == ['folded_cot_layer'] * (1 if what == 'part of the layer' else 2)
     runs = [c.implementation for c in choices if c.module in (stage[0].conv2, stage[1].conv2)]
     assert runs == [FOLDED, OWN if what == 'part of the layer' else FOLDED]
+
+
+@torch.no_grad()
+def test_reasons_of_folded_stems_on_a_gpu(monkeypatch):
+    """The conditions of a GPU's kernels, asked with tensors of the CPU."""
+    monkeypatch.setattr(conditions, 'why_not_triton', lambda x: None)
+    monkeypatch.setattr(conditions, '_has_cudnn', lambda: True)
+    stem, x = FoldedStem(nn.Conv2d(3, 16, 3), nn.ReLU()), channels_last(2, 3, 6, 7)
+    look = conditions.look_at_folded_stem_on_gpu
+    assert look(stem, x) == {'0': stem[0], '1': stem[1]}
+    assert 'has not 4 dimensions' in look(stem, x[0])  # an image alone, which convolutions take
+    assert look(stem, x.contiguous()) == 'x is not channels-last'
+    assert look(stem.append(nn.ReLU()), x) == 'it is not one convolution with a ReLU, or three'
 
 
 @torch.no_grad()

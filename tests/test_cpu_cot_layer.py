@@ -3,13 +3,13 @@ import copy
 
 import pytest
 import torch
-from helpers import FORMATS, difference, has_kernels, image, shaken
+from helpers import FORMATS, difference, image, needs_kernels, shaken
 
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops import conditions
 from timm_cotnet.ops.cot_layer import cot_layer, parameters_of, settings_of
 
-pytestmark = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
+pytestmark = needs_kernels
 # batches are not tiny, as the norm of the mix, which is over pooled images, makes noise of few
 LAYERS = [
     (CotLayer, dict(dim=64), (7, 9, 7)), (CotLayer, dict(dim=16, kernel_size=5, dilation=2), (8, 8, 8)),

@@ -13,7 +13,7 @@ from timm_cotnet import CotLayer
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.dispatch import Choice, StandIn, known_as, recorded, stand_in
 
-from helpers import FORMATS, MODULES, create, has_kernels, image, implementations, plain_wing, run_python
+from helpers import FORMATS, MODULES, create, image, implementations, needs_kernels, plain_wing, run_python
 
 PACKAGE = Path(timm_cotnet.__file__).parent
 OWN = 'its own modules'
@@ -98,7 +98,7 @@ def test_every_kind_in_the_table_is_known():
 # What runs
 
 
-@pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
+@needs_kernels
 def test_installed_kernels_are_taken():
     for name in ('CotLayer', 'CoxtLayer'):
         layer = create(name).train()

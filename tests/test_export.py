@@ -2,7 +2,6 @@
 import collections
 import copy
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,11 +17,8 @@ from timm_cotnet.ops import grouped_local_conv
 from timm_cotnet.ops.exported import local_conv_exported
 from timm_cotnet.ops.reference import local_conv_reference
 
-from helpers import create, difference, image, shaken
+from helpers import create, difference, image, needs_cpp_compiler, needs_export_flag, shaken
 
-needs_export_flag = pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting')
-needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='AOTInductor needs the C++ compiler g++')
 
 
 def folded(name='test_cotnet', **kwargs):
@@ -140,7 +136,7 @@ print('good')
 
 
 @pytest.mark.slow
-@needs_compiler
+@needs_cpp_compiler
 @needs_export_flag
 def test_exported_programs_compile():
     """What `torch.export` gave is compiled by Inductor, which once read images cut out across taps wrong."""
@@ -153,7 +149,7 @@ def test_exported_programs_compile():
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 @pytest.mark.parametrize('kind', [
-    pytest.param('aoti', marks=[needs_compiler, needs_export_flag]), 'script', 'trace'])
+    pytest.param('aoti', marks=[needs_cpp_compiler, needs_export_flag]), 'script', 'trace'])
 def test_files_run_without_this_package(kind, tmp_path):
     model, x = folded(), torch.randn(2, 3, 64, 96)
     path = tmp_path / ('model.pt2' if kind == 'aoti' else 'model.pt')

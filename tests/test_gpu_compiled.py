@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_export_flag
 from triton_helpers import (
     DEVICE, INTERPRETED, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
     gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain)
@@ -14,10 +15,7 @@ from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.gpu import cot_layer
 
-pytestmark = [
-    pytest.mark.usefixtures('exact_convolutions'),
-    pytest.mark.skipif(
-        not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting: plain')]
+pytestmark = [pytest.mark.usefixtures('exact_convolutions'), needs_export_flag]
 
 
 @pytest.mark.slow

@@ -14,11 +14,10 @@ from timm_cotnet.ops.reference import local_conv_reference
 from timm_cotnet.ops.shifted import LocalConvShifted
 
 from golden import golden_input, load
-from helpers import has_kernels
+from helpers import has_kernels, needs_kernels
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2 ** -6, torch.float16: 2 ** -9}
 GOLDEN = {'c16_g2_k3': (3, 1), 'c16_g2_k3_dil2': (3, 2), 'c24_g3_k5': (5, 1)}
-needs_kernels = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
 
 
 def formula(x, weight, kernel_size=3, dilation=1):

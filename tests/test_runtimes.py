@@ -11,20 +11,18 @@ from timm.utils import reparameterize_model
 from timm_cotnet import export
 from timm_cotnet.digits import write_digits
 
-from helpers import difference, shaken
+from helpers import difference, needs_export_flag, shaken
 
-onnx = pytest.importorskip('onnx', reason='onnx is not installed')
-pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+onnx = pytest.importorskip('onnx', reason='onnx, of the extra "runtimes", is not installed')
+pytest.importorskip('onnxscript', reason='onnxscript, of the extra "runtimes", is not installed')
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning', 'ignore::UserWarning',
                                'ignore::torch.jit.TracerWarning'),
 ]
-needs_export_flag = pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 cannot tell compiling from exporting')
 ENGINES = [
     pytest.param(name, marks=pytest.mark.skipif(
-        importlib.util.find_spec(name) is None, reason=f'{name} is not installed'))
+        importlib.util.find_spec(name) is None, reason=f'{name}, of the extra "runtimes", is not installed'))
     for name in ('onnxruntime', 'openvino')
 ]
 FAMILIES = {
@@ -133,7 +131,7 @@ def held_out(digits, model):
 @torch.no_grad()
 def test_eight_bits(digits, tmp_path):
     """Right on the digits nearly as often."""
-    pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('onnxruntime', reason='onnxruntime, of the extra "runtimes", is not installed')
     model = reparameterize_model(timm.create_model('test_cotnet', pretrained=True).eval())
     source, path = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
     export.export(model, source, 'onnx', torch.randn(2, 3, 64, 96))
@@ -145,7 +143,7 @@ def test_eight_bits(digits, tmp_path):
 
 @torch.no_grad()
 def test_eight_bits_by_torchao(digits):
-    pytest.importorskip('torchao', reason='torchao is not installed')
+    pytest.importorskip('torchao', reason='torchao, of the extra "runtimes", is not installed')
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -163,7 +161,7 @@ def test_eight_bits_by_torchao(digits):
 
 
 def test_files_of_eight_bits_are_small(tmp_path):
-    pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('onnxruntime', reason='onnxruntime, of the extra "runtimes", is not installed')
     source, path = tmp_path / 'float.onnx', tmp_path / 'int8.onnx'
     export.export(network('cotnet50', layers=(1, 1, 1, 1)), source, 'onnx', torch.randn(1, 3, 64, 64), dynamic=False)
     export.quantize_onnx(source, path, iter([torch.randn(1, 3, 64, 64)]))
@@ -172,7 +170,9 @@ def test_files_of_eight_bits_are_small(tmp_path):
 
 @pytest.mark.parametrize('how', ['half', 'int8', 'openvino'])
 def test_command(how, digits, tmp_path, capsys):
-    pytest.importorskip('openvino' if how == 'openvino' else 'onnxruntime', reason=f'no runtime for {how}')
+    pytest.importorskip(
+        'openvino' if how == 'openvino' else 'onnxruntime',
+        reason=f'the runtime for {how}, of the extra "runtimes", is not installed')
     path = tmp_path / ('model.xml' if how == 'openvino' else 'model.onnx')
     options = {'half': ['--half'], 'openvino': ['--dynamic'],
                'int8': ['--int8', str(digits / 'train'), '--calibration', '16']}[how]
@@ -185,7 +185,7 @@ def test_command(how, digits, tmp_path, capsys):
 
 def test_core_ml_converts(tmp_path):
     """It runs on Apple devices only: what is written is read again, and its operators are looked at."""
-    coremltools = pytest.importorskip('coremltools', reason='coremltools is not installed')
+    coremltools = pytest.importorskip('coremltools', reason='coremltools, of the extra "runtimes", is not installed')
     path = tmp_path / 'model.mlpackage'
     export.export(network('test_cotnet'), path, 'coreml', torch.randn(1, 3, 64, 64))
     spec = coremltools.utils.load_spec(str(path))

@@ -1,7 +1,6 @@
 """timm's own scripts, unchanged, with models that only the installed package makes known to them."""
 import csv
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -9,16 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import needs_cpp_compiler
 from safetensors.torch import load_file
+from train_script import SCRIPTS, with_scripts
 
 from timm_cotnet.digits import write_digits
 
-SCRIPTS = os.environ.get('TIMM_SCRIPTS')
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not SCRIPTS, reason='TIMM_SCRIPTS does not name a folder with timm\'s train.py, validate.py, ...'),
-]
+pytestmark = [pytest.mark.slow, with_scripts]
 MODEL = ('--model', 'test_cotnet', '--num-classes', '10')
 CPU = ('--device', 'cpu')
 
@@ -111,8 +107,7 @@ def test_torchrun_children_know_the_models(script, digits):
     ('--channels-last',),
     ('--amp', '--amp-dtype', 'bfloat16'),
     ('--model-dtype', 'bfloat16'),
-    pytest.param(('--torchcompile',), marks=pytest.mark.skipif(
-        not shutil.which('g++'), reason='torch.compile needs the C++ compiler g++')),
+    pytest.param(('--torchcompile',), marks=needs_cpp_compiler),
 ], ids=' '.join)
 def test_validate(script, digits, options):
     printed = script(

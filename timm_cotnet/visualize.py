@@ -27,7 +27,7 @@ from .misfit import first_few
 
 __all__ = ['GradCam', 'LayerMaps', 'cot_layers', 'grad_cam', 'layer_maps', 'load_model', 'visualize']
 
-# what Pillow raises for a file that is missing, broken, or no image
+# what Pillow raises for a file that is missing, broken, no image, or (NotImplementedError) of a kind it cannot decode
 UNREADABLE = (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError)
 
 

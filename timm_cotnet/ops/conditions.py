@@ -4,7 +4,7 @@ Each is stated once. A function `why_not_...(module, x)` gives a reason, or None
 a reason, or what it found.
 """
 import importlib
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from . import onednn, parts
 from .gpu.local_conv import why_not_triton
-from .parts import FLOATS, Found, find, has_bias, is_plain
+from .parts import FLOATS, Found, FoundBlock, find, has_bias, is_plain
 from .watch import is_traced, is_watched, needs_plain_graph
 
 try:
@@ -97,13 +97,6 @@ def why_not_native_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Op
 # Conditions: modules
 
 _NO_WING = 'the package has no folder ops/cpu'
-
-
-class FoundBlock(NamedTuple):
-    """What was found of a folded bottleneck."""
-    block: nn.Module
-    parts: Dict[str, nn.Module]
-    layer: Optional[Dict[str, nn.Module]] = None  # the parts of its CoT layer, if that need not be asked again
 
 
 def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
@@ -341,9 +334,12 @@ def look_at_folded_stem(stem: nn.Module, x: Tensor) -> Found:
 
 
 def look_at_folded_stem_on_gpu(stem: nn.Module, x: Tensor) -> Found:
+    reason = _why_not_on_gpu(x, training=False) or _why_not_cudnn(x)
+    if reason is not None:
+        return reason
     if not x.is_contiguous(memory_format=torch.channels_last):
         return 'x is not channels-last'
-    return _why_not_on_gpu(x, training=False) or _why_not_cudnn(x) or _find_folded_stem(stem, x)
+    return _find_folded_stem(stem, x)
 
 
 def _find_folded_stem(stem: nn.Module, x: Tensor) -> Found:

@@ -2,8 +2,8 @@
 
 A tap needs an image shifted by rows and columns. Runtimes copy what they shift, slice or index, so little is: x by
 columns, the eight times smaller filters by rows, and the k sums of products back by rows. Multiplying and adding is all
-that is left, and no tensor has a rank above 5. In ONNX graphs of images of a known size, filters are shifted by where they
-are cut out; where it may be any, it is not written into the graph.
+that is left, and no tensor has a rank above 5. In ONNX graphs of images of a known size, filters are shifted by where
+they are cut out; where it may be any, it is not written into the graph.
 """
 from typing import List
 

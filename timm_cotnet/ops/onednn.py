@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .parts import FoundBlock
 from .watch import are_watched
 
 POST_OPS = {'none': lambda x: x, 'relu': F.relu, 'swish': F.silu}  # by oneDNN's names
@@ -196,14 +197,14 @@ def folded_stem(parts: Dict[str, nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def folded_stage(blocks: List[Tuple], x: Tensor, run_layer: Callable) -> Tensor:
+def folded_stage(blocks: List[FoundBlock], x: Tensor, run_layer: Callable) -> Tensor:
     """Stands in for a `FoldedStage` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
 
     Each block but the first writes its result over its input, which nobody else has: fresh memory takes longer than the
     sum.
 
     Args:
-        blocks: Of each block itself, its parts, and those of its CoT layer if they are known.
+        blocks: What was found of each block.
         x: Input.
         run_layer: Runs a CoT layer on an input, with its parts.
     """

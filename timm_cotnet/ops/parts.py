@@ -22,6 +22,13 @@ class _Part(NamedTuple):
     size: int  # number of children of an `nn.Sequential`
 
 
+class FoundBlock(NamedTuple):
+    """What was found of a folded bottleneck."""
+    block: nn.Module
+    parts: Dict[str, nn.Module]
+    layer: Optional[Dict[str, nn.Module]] = None  # the parts of its CoT layer, if that need not be asked again
+
+
 def _parts(**children: object) -> List[_Part]:
     """The parts of a module, of each its exact type, or a list of those of the children of an `nn.Sequential`."""
     rows = []
@@ -79,7 +86,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
         child = found[parent]._modules.get(name)
         if type(child) is not kind:
             return f'{path} is a {type(child).__name__}, not a {kind.__name__}'
-        own = child.__dict__
+        own = child.__dict__  # looked at as by `is_watched`, without its call for each
         if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'] \
                 or 'forward' in own or '_conv_forward' in own:
             return f'hooks watch {path}, or its forward is another one'
