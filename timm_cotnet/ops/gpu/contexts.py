@@ -220,7 +220,7 @@ def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: floa
     launch(mixing_kernels.train_attend_kernel, (A,),
            pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
            averages.tracked, *kept, B, runs,
-           C=C, A=A, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=64, BLOCK_C=128, ACC=accumulator(pooled.dtype)[1],
+           C=C, A=A, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(pooled.dtype)[1],
            num_warps=16)
     return F.linear(hidden, p.se_weight2.flatten(1), p.se_bias2), *kept
 
@@ -240,7 +240,7 @@ def _attend_backward(
     grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
     launch(mixing_kernels.train_attend_backward_kernel, (A,),
            grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B,
-           C=C, A=A, BLOCK_R=64, BLOCK_C=128, ACC=accumulator(grad.dtype)[1], num_warps=16)
+           C=C, A=A, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
     grad_weight, grad_bias, grad_bias1 = grads.unbind()
     return (
         grad_x.mm(p.se_weight1.flatten(1)), grad_x.t().mm(pooled).view(p.se_weight1.shape), grad_bias1, grad_weight,
