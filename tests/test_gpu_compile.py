@@ -87,7 +87,7 @@ def recorded(function):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.jit.JITFunction, 'run', run)
-        patch.setattr(launch, '_compiled', {})
+        patch.setattr(launch, '_kernels', {})
         with torch.autocast('cpu', torch.bfloat16):
             function()
     return variants
