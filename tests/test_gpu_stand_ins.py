@@ -1,4 +1,5 @@
 """Norms, blocks, inference and pools by Triton kernels against plain PyTorch; see `triton_helpers.py`."""
+import copy
 import functools
 
 import pytest
@@ -13,6 +14,7 @@ from triton_helpers import (
     exact, gradient_for, gradients_of_gradients, kernels, outside, passed_in_the_interpreter, plain, value_and_grads)
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
+from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
@@ -253,6 +255,36 @@ def test_infer_folded_bottleneck(cls, downsample, folded_dtype):
     block, x = create_block(cls, downsample, folded_dtype)
     expected = plain(*exact(block.eval(), x))
     assert error(infer_folded_bottleneck(block.fuse(), x), expected) < TOLERANCE[folded_dtype]
+
+
+@pytest.fixture
+def contiguous_convolutions(monkeypatch, folded_dtype):
+    """Those of cuDNN in float64 know no channels-last: what they give is contiguous for any input."""
+    def contiguous(function):
+        return lambda *args, **kwargs: function(*args, **kwargs).contiguous()
+
+    for module, name in ((F, 'conv2d'), (torch, 'conv2d'), (torch, 'cudnn_convolution_relu'),
+                         (torch, 'cudnn_convolution_add_relu')):
+        monkeypatch.setattr(module, name, contiguous(getattr(module, name)))
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('tag', ['cot', 'coxt'])
+def test_convolutions_that_give_contiguous_images(tag, contiguous_convolutions, folded_dtype):
+    tolerance = TOLERANCE[folded_dtype]
+    layer, x = create(tag, folded_dtype)
+    expected = plain(*exact(layer.eval(), x))
+    for module, run in ((layer, infer_cot_layer), (layer.fuse(), infer_folded_cot_layer)):
+        out = run(module, x)
+        assert error(out, expected) < tolerance and out.is_contiguous(memory_format=torch.channels_last)
+    block, x = create_block(BLOCKS[BLOCK_NAMES.index(f'{tag}_pool')][0], 'pool', folded_dtype)
+    expected = plain(*exact(block.eval(), x))
+    with pytest.MonkeyPatch.context() as patch:  # the layer in the block by kernels too
+        patch.setattr(dispatch, '_stand_ins', lambda kind, device_type: dispatch._ON_GPU.get(kind, ()))
+        patch.setattr(conditions, '_why_not_cudnn', lambda x: None)
+        for module, run in ((block, infer_bottleneck), (copy.deepcopy(block).fuse(), infer_folded_bottleneck)):
+            assert error(run(module, x), expected) < tolerance
 
 
 # Pools

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import onednn
 from ..contexts import ContextsSettings
 from ..watch import are_watched
-from .contexts import Mixing, compiled_contexts, filter_table, infer_contexts, tap_by_tap
+from .contexts import Mixing, channels_last, compiled_contexts, filter_table, infer_contexts, tap_by_tap
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .norm import norm_act, norm_act_eval, running_table
 from .pool import avg_pool
@@ -98,6 +98,7 @@ def _contexts(
     """Output of a layer from the results of its convolutions, whether eagerly or as an operator of a graph."""
     if torch.compiler.is_compiling():
         return compiled_contexts(value, logits, static, filter_parameters, *args)
+    value, logits, static = map(channels_last, (value, logits, static))
     filters, _ = filter_table(logits, *filter_parameters, args[-1])
     return infer_contexts(value, logits, static, filters, *args)
 
