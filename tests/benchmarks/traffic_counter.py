@@ -34,6 +34,14 @@ KERNELS = {
     'batch_norm_backward_kernel': ('sums weight table', 'factors grads'),
     'norm_backward_kernel': ('grad x out:RELU factors', 'grad_x grad_residual:RESIDUAL'),
     'avg_pool_kernel': ('x', 'out'),
+    'fold_layer_kernel': (
+        'key first attn value ' + ' '.join(
+            f'{norm}_{part}' for norm in ('key', 'first', 'value', 'norm', 'se')
+            for part in ('mean', 'var', 'weight', 'bias')), 'out table'),
+    'fold_block_kernel': (
+        'conv1 mean1 var1 weight1 bias1 conv3 mean3 var3 weight3 bias3 '
+        'shortcut:SHORTCUT mean:SHORTCUT var:SHORTCUT weight:SHORTCUT bias:SHORTCUT', 'out'),
+    'order_filters_kernel': ('attn', 'out'),
     'filter_norm_kernel': ('moments conv_bias weight bias', 'table means'),
     'filter_norm_backward_kernel': ('sums weight table means', 'factors grads'),
     'local_conv_kernel': ('value logits value_table filter_table', 'out moments'),
@@ -54,6 +62,7 @@ _KERNEL_KINDS = {
          'batch_norm_backward_kernel', 'norm_backward_kernel'), BATCH_NORM),
     **dict.fromkeys(('filter_norm_kernel', 'filter_norm_backward_kernel'), GROUP_NORM),
     'avg_pool_kernel': POOL,
+    **dict.fromkeys(('fold_layer_kernel', 'fold_block_kernel', 'order_filters_kernel'), COPY),
 }
 _KINDS = {
     **dict.fromkeys(
@@ -283,9 +292,10 @@ def counting(plain: bool = False, autocast: bool = False) -> Iterator[List[Event
             patch(module, 'is_traced', lambda x: False)  # the counter is a dispatch mode, for which all is plain
             patch(module, 'why_not_triton', lambda x: None)  # there is no device to try a kernel on
         patch(dispatch.conditions, '_why_not_cudnn', lambda x: None)  # there is no cuDNN
+        patch(dispatch.conditions, '_has_cudnn', lambda: True)
         table = {} if plain else dispatch._ON_GPU
         patch(dispatch, '_stand_ins', lambda kind, device_type: table.get(kind, ()))  # 'meta' has none
-        for name in ('contexts', 'norm', 'pool'):  # each has imported it by its name
+        for name in ('contexts', 'folding', 'norm', 'pool'):  # each has imported it by its name
             patch(importlib.import_module(f'timm_cotnet.ops.gpu.{name}'), 'launch', counter.launch)
         patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these three know nothing of 'meta'
         patch(torch, 'get_autocast_dtype', lambda *_: torch.bfloat16)

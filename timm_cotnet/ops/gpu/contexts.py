@@ -40,6 +40,11 @@ def _local_walk(value: Tensor, s: ContextsSettings, all_channels: bool = False) 
     return over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size(), **repeats)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """What a convolution or a product gave, as kernels want it: cuDNN has none in channels-last for float64."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _local(kernel, walk: Walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:
     """Launch a kernel of the local convolution."""
     _, C, H, W = value.shape
@@ -155,7 +160,7 @@ def _operator(
         filter_eps: float,
 ) -> Tensor:
     s = ContextsSettings(kernel_size, dilation, groups, num_filters, filter_eps=filter_eps)
-    value, logits, static = (t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static))
+    value, logits, static = map(channels_last, (value, logits, static))
     with torch.cuda.device_of(value):
         filters, _ = filter_table(logits, *filter_parameters, s)
         mixing = Mixing(weight1, bias1, mixing_table, weight2, bias2)
