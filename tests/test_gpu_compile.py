@@ -14,8 +14,11 @@ import torch
 from triton_helpers import INTERPRETED
 
 from timm_cotnet import CotLayer
+from timm_cotnet.ops import conditions
 from timm_cotnet.ops.gpu import launch
-from timm_cotnet.ops.gpu.stand_ins import infer_cot_layer, pool, train_bottleneck, train_cot_layer
+from timm_cotnet.ops.gpu.folding import order_filters
+from timm_cotnet.ops.gpu.stand_ins import (
+    infer_bottleneck, infer_cot_layer, pool, train_bottleneck, train_cot_layer)
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 compiler = pytest.importorskip('triton.compiler', reason='this Triton has no compiler')
@@ -88,6 +91,7 @@ def recorded(function):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.jit.JITFunction, 'run', run)
         patch.setattr(launch, '_kernels', {})
+        patch.setattr(conditions, '_has_cudnn', lambda: False)
         with torch.autocast('cpu', torch.bfloat16):
             function()
     return variants
@@ -104,7 +108,8 @@ def variants_of_layer(C, side, training):
     if training:
         return recorded(lambda: train_cot_layer(layer, x).sum().backward())
     with torch.no_grad():
-        return recorded(lambda: infer_cot_layer(layer, x))
+        folded = layer.fuse().bfloat16()
+        return recorded(lambda: infer_cot_layer(layer, x)) + recorded(lambda: order_filters(folded))
 
 
 @functools.lru_cache(maxsize=None)
@@ -150,7 +155,7 @@ def test_layer(C, side, training):
     variants = variants_of_layer(C, side, training)
     names = {variant.name for variant in variants}
     expected = {'local_conv_kernel', 'filter_grad_kernel', 'value_grad_kernel', 'mix_kernel'} if training \
-        else {'dynamic_context_kernel', 'attend_kernel', 'mix_kernel', 'norm_act_kernel'}
+        else {'dynamic_context_kernel', 'attend_kernel', 'mix_kernel', 'fold_layer_kernel', 'order_filters_kernel'}
     assert names >= expected | {'moments_kernel', 'filter_norm_kernel'}
     for variant in set(variants):
         assert_compiles_well(variant, 90)
@@ -160,6 +165,16 @@ def test_layer(C, side, training):
 def test_layer_on_an_older_gpu(training):
     for variant in set(variants_of_layer(*STAGES[0], training)):
         assert_compiles_well(variant, 80)
+
+
+@pytest.mark.parametrize('stage', ['layer1', 'layer3'])
+def test_bottlenecks_in_evaluation(stage):
+    for block in getattr(timm.create_model('cotnet50').eval(), stage)[:2]:
+        block.conv2, x = torch.nn.Identity(), of_channels_last(2, block.conv1.in_channels, 4, 4)
+        with torch.no_grad():
+            variant, = recorded(lambda: infer_bottleneck(block, x))
+        assert variant.name == 'fold_block_kernel'
+        assert_compiles_well(variant, 90)
 
 
 def test_kernels_of_a_network_are_few():

@@ -1,4 +1,5 @@
 """Norms, blocks, inference and pools by Triton kernels against plain PyTorch; see `triton_helpers.py`."""
+import copy
 import functools
 
 import pytest
@@ -13,6 +14,7 @@ from triton_helpers import (
     exact, gradient_for, gradients_of_gradients, kernels, outside, passed_in_the_interpreter, plain, value_and_grads)
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
+from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
@@ -176,12 +178,54 @@ def test_train_bottleneck_of_a_frozen_input():
             assert error(parameter.grad, reference.get_parameter(name).grad) < 1e-9, name
 
 
+@pytest.fixture
+def folded_dtype(monkeypatch):
+    """The most exact one that cuDNN has fused convolutions for; in the interpreter plain PyTorch stands in for it."""
+    if not INTERPRETED:
+        return torch.float32
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: F.relu(F.conv2d(x, w, b, *args)))
+    monkeypatch.setattr(
+        torch, 'cudnn_convolution_add_relu',
+        lambda x, w, z, alpha, b, *args: F.relu(F.conv2d(x, w, b, *args) + alpha * z))
+    return torch.float64
+
+
 @kernels
 @torch.no_grad()
 @pytest.mark.parametrize('cls, downsample', BLOCKS, ids=BLOCK_NAMES)
 def test_infer_bottleneck(cls, downsample):
     block, x = create_block(cls, downsample)
     assert error(infer_bottleneck(block.eval(), x), plain(*exact(block, x))) < 1e-9
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('downsample', [None, 'pool', 'stride'])
+def test_infer_bottleneck_in_other_dtypes(downsample, dtype, folded_dtype):
+    block, x = create_block(CotBottleneck, downsample, dtype)
+    expected = plain(*exact(block.eval(), x))
+    out = infer_bottleneck(block, x)
+    assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype] / 4
+    if dtype != torch.float32:
+        block, x = create_block(CotBottleneck, downsample, torch.float32)
+        expected = plain(*exact(block.eval(), x))
+        with torch.autocast(DEVICE, dtype):
+            out = infer_bottleneck(block, x)
+        assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype] / 4
+
+
+@kernels
+@torch.no_grad()
+def test_infer_bottleneck_whose_norms_do_not_fold():
+    for change in (lambda block: block.downsample[2].register_forward_hook(lambda *args: None),
+                   lambda block: setattr(block.downsample, '2', nn.BatchNorm2d(64, affine=False).double()),
+                   lambda block: setattr(block, 'conv1', nn.Conv2d(16, 16, 3, padding=1).double()),
+                   lambda block: setattr(block, 'conv3', nn.Conv2d(16, 64, 1).double())):
+        block, x = create_block(CotBottleneck, 'pool')
+        change(block.eval())
+        block = block.to(DEVICE).eval()
+        assert error(infer_bottleneck(block, x), plain(*exact(block, x))) < 1e-9
 
 
 @kernels
@@ -197,9 +241,23 @@ def test_infer_cot_layer(tag, memory_format):
 
 @kernels
 @torch.no_grad()
+def test_infer_cot_layer_of_filters_in_any_memory(folded_dtype):
+    """Nothing is kept of parameters between calls, however they change."""
+    layer, x = create('coxt', torch.float32)
+    for change in (lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: 2 * t,
+                   lambda t: torch.stack([t, -t], 4)[..., 0]):
+        for conv in (layer.key_embed[0], layer.embed[3], layer.conv1x1[0]):
+            conv.weight.data = change(conv.weight.data)
+        for tensor in (*layer.parameters(), layer.bn.running_var):
+            tensor.data.mul_(1.25)
+        assert error(infer_cot_layer(layer.eval(), x), plain(*exact(layer, x))) < 1e-5
+
+
+@kernels
+@torch.no_grad()
 @pytest.mark.parametrize('tag', ['cot', 'coxt'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_infer_cot_layer_in_other_dtypes(dtype, tag):
+def test_infer_cot_layer_in_other_dtypes(dtype, tag, folded_dtype):
     layer, x = create(tag, dtype)
     out = infer_cot_layer(layer.eval(), x)
     assert out.dtype == dtype and error(out, plain(*exact(layer, x))) < TOLERANCE[dtype]
@@ -208,18 +266,6 @@ def test_infer_cot_layer_in_other_dtypes(dtype, tag):
         with torch.autocast(DEVICE, dtype):
             out = infer_cot_layer(layer.eval(), x)
         assert out.dtype == dtype and error(out, plain(*exact(layer, x))) < TOLERANCE[dtype]
-
-
-@pytest.fixture
-def folded_dtype(monkeypatch):
-    """The most exact one that cuDNN has fused convolutions for; in the interpreter plain PyTorch stands in for it."""
-    if not INTERPRETED:
-        return torch.float32
-    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: F.relu(F.conv2d(x, w, b, *args)))
-    monkeypatch.setattr(
-        torch, 'cudnn_convolution_add_relu',
-        lambda x, w, z, alpha, b, *args: F.relu(F.conv2d(x, w, b, *args) + alpha * z))
-    return torch.float64
 
 
 @kernels
@@ -253,6 +299,36 @@ def test_infer_folded_bottleneck(cls, downsample, folded_dtype):
     block, x = create_block(cls, downsample, folded_dtype)
     expected = plain(*exact(block.eval(), x))
     assert error(infer_folded_bottleneck(block.fuse(), x), expected) < TOLERANCE[folded_dtype]
+
+
+@pytest.fixture
+def contiguous_convolutions(monkeypatch, folded_dtype):
+    """Those of cuDNN in float64 know no channels-last: what they give is contiguous for any input."""
+    def contiguous(function):
+        return lambda *args, **kwargs: function(*args, **kwargs).contiguous()
+
+    for module, name in ((F, 'conv2d'), (torch, 'conv2d'), (torch, 'cudnn_convolution_relu'),
+                         (torch, 'cudnn_convolution_add_relu')):
+        monkeypatch.setattr(module, name, contiguous(getattr(module, name)))
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('tag', ['cot', 'coxt'])
+def test_convolutions_that_give_contiguous_images(tag, contiguous_convolutions, folded_dtype):
+    tolerance = TOLERANCE[folded_dtype]
+    layer, x = create(tag, folded_dtype)
+    expected = plain(*exact(layer.eval(), x))
+    for module, run in ((layer, infer_cot_layer), (layer.fuse(), infer_folded_cot_layer)):
+        out = run(module, x)
+        assert error(out, expected) < tolerance and out.is_contiguous(memory_format=torch.channels_last)
+    block, x = create_block(BLOCKS[BLOCK_NAMES.index(f'{tag}_pool')][0], 'pool', folded_dtype)
+    expected = plain(*exact(block.eval(), x))
+    with pytest.MonkeyPatch.context() as patch:  # the layer in the block by kernels too
+        patch.setattr(dispatch, '_stand_ins', lambda kind, device_type: dispatch._ON_GPU.get(kind, ()))
+        patch.setattr(conditions, '_why_not_cudnn', lambda x: None)
+        for module, run in ((block, infer_bottleneck), (copy.deepcopy(block).fuse(), infer_folded_bottleneck)):
+            assert error(run(module, x), expected) < tolerance
 
 
 # Pools

@@ -34,6 +34,14 @@ KERNELS = {
     'batch_norm_backward_kernel': ('sums weight table', 'factors'),
     'norm_backward_kernel': ('grad x out:RELU factors', 'grad_x grad_residual:RESIDUAL'),
     'avg_pool_kernel': ('x', 'out'),
+    'fold_layer_kernel': (
+        'key first attn value ' + ' '.join(
+            f'{norm}_{part}' for norm in ('key', 'first', 'value', 'norm', 'se')
+            for part in ('mean', 'var', 'weight', 'bias')), 'out table'),
+    'fold_block_kernel': (
+        'conv1 mean1 var1 weight1 bias1 conv3 mean3 var3 weight3 bias3 '
+        'shortcut:SHORTCUT mean:SHORTCUT var:SHORTCUT weight:SHORTCUT bias:SHORTCUT', 'out'),
+    'order_filters_kernel': ('attn', 'out'),
     'to_matrices_kernel': (
         'key first attn value', 'key_matrix of_query of_key attn_matrix value_matrix'),
     'from_matrices_kernel': (
@@ -63,6 +71,7 @@ _KERNEL_KINDS = {
     **dict.fromkeys(('filter_norm_kernel', 'filter_norm_backward_kernel'), GROUP_NORM),
     **dict.fromkeys(('to_matrices_kernel', 'from_matrices_kernel'), COPY),
     'avg_pool_kernel': POOL,
+    **dict.fromkeys(('fold_layer_kernel', 'fold_block_kernel', 'order_filters_kernel'), COPY),
 }
 _KINDS = {
     **dict.fromkeys(
@@ -292,9 +301,10 @@ def counting(plain: bool = False, autocast: bool = False) -> Iterator[List[Event
             patch(module, 'is_traced', lambda x: False)  # the counter is a dispatch mode, for which all is plain
             patch(module, 'why_not_triton', lambda x: None)  # there is no device to try a kernel on
         patch(dispatch.conditions, '_why_not_cudnn', lambda x: None)  # there is no cuDNN
+        patch(dispatch.conditions, '_has_cudnn', lambda: True)
         table = {} if plain else dispatch._ON_GPU
         patch(dispatch, '_stand_ins', lambda kind, device_type: table.get(kind, ()))  # 'meta' has none
-        for name in ('contexts', 'matrices', 'norm', 'pool'):  # each has imported it by its name
+        for name in ('contexts', 'folding', 'matrices', 'norm', 'pool'):  # each has imported it by its name
             patch(importlib.import_module(f'timm_cotnet.ops.gpu.{name}'), 'launch', counter.launch)
         patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these three know nothing of 'meta'
         patch(torch, 'get_autocast_dtype', lambda *_: torch.bfloat16)

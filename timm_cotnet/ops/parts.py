@@ -92,7 +92,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
             return f'hooks watch {path}, or its forward is another one'
         parameters = own['_parameters']
         if kind is _CONV:
-            reason = _why_not_conv(own, parameters)
+            reason = why_not_conv(own, parameters)
             if reason is not None:
                 return f'{path} {reason}'
         elif size and len(own['_modules']) != size:
@@ -111,7 +111,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
 _COMPUTED = 'has a weight that is computed whenever it is read'
 
 
-def _why_not_conv(own: Dict, parameters: Dict[str, Optional[Tensor]]) -> Optional[str]:
+def why_not_conv(own: Dict, parameters: Dict[str, Optional[Tensor]]) -> Optional[str]:
     """For the attributes and parameters of an `nn.Conv2d`."""
     size, stride, padding, dilation = own['kernel_size'], own['stride'], own['padding'], own['dilation']
     if own['padding_mode'] != 'zeros' or not type(size) is type(stride) is type(padding) is type(dilation) is tuple:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import accumulator, image_rows, launch, over_filters, power_of_2
+from .launch import Walk, accumulator, image_rows, launch, over_filters, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 
@@ -33,7 +33,19 @@ def tap_by_tap(x: Tensor, kernel_size: int, groups: int) -> Tensor:
     return x.unflatten(0, (groups, -1, kernel_size ** 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _local(kernel, walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:
+def _local_walk(value: Tensor, s: ContextsSettings, all_channels: bool = False) -> Walk:
+    """How the kernels of the local convolution share out its work."""
+    B, C, H, W = value.shape
+    repeats = dict(repeats=None) if all_channels else {}
+    return over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size(), **repeats)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """What a convolution or a product gave, as kernels want it: cuDNN has none in channels-last for float64."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _local(kernel, walk: Walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:
     """Launch a kernel of the local convolution."""
     _, C, H, W = value.shape
     pixels, length, runs = walk.sizes
@@ -91,7 +103,7 @@ def infer_contexts(
     """
     from . import contexts_kernels as kernels, mixing_kernels
 
-    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    (B, C), walk, (dtype, acc) = value.shape[:2], _local_walk(value, s), accumulator(value.dtype)
     table = table.contiguous()
     dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
@@ -102,7 +114,7 @@ def infer_contexts(
     launch(mixing_kernels.attend_kernel, (B,), pooled, mixing.weight1, mixing.bias1,
            pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, walk.runs,
            C=C, A=hidden, NORMED=mixing.table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
-    mixed = torch.empty_like(value)
+    mixed, walk = torch.empty_like(value), image_rows(value, 2)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, mixed, *walk.sizes,
            C=C, DYNAMIC=True, **walk.blocks, ACC=acc)
     return mixed
@@ -148,7 +160,7 @@ def _operator(
         filter_eps: float,
 ) -> Tensor:
     s = ContextsSettings(kernel_size, dilation, groups, num_filters, filter_eps=filter_eps)
-    value, logits, static = (t.contiguous(memory_format=torch.channels_last) for t in (value, logits, static))
+    value, logits, static = map(channels_last, (value, logits, static))
     with torch.cuda.device_of(value):
         filters, _ = filter_table(logits, *filter_parameters, s)
         mixing = Mixing(weight1, bias1, mixing_table, weight2, bias2)
@@ -186,9 +198,10 @@ def train_forward(
     (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
     value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
     filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
-    local, moments = torch.empty_like(static), value.new_empty(B, walk.runs, 2, C, dtype=dtype)
-    _local(kernels.local_conv_kernel, walk, value, s, value, logits, value_table, filters, local, moments)
-    table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, walk)
+    local_walk = _local_walk(value, s)
+    local, moments = torch.empty_like(static), value.new_empty(B, local_walk.runs, 2, C, dtype=dtype)
+    _local(kernels.local_conv_kernel, local_walk, value, s, value, logits, value_table, filters, local, moments)
+    table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, local_walk)
     pooled = moments.new_empty(B, walk.runs, C)
     launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
            C=C, **walk.blocks, ACC=acc)
@@ -292,16 +305,17 @@ def train_backward(
            grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.sizes,
            C=C, **walk.blocks, ACC=acc)
 
-    grad_value, sums = torch.empty_like(local), sums.new_empty(B, walk.runs, 2, C)
-    _local(kernels.value_grad_kernel, walk, value, s,
+    local_walk = _local_walk(value, s)
+    grad_value, sums = torch.empty_like(local), sums.new_empty(B, local_walk.runs, 2, C)
+    _local(kernels.value_grad_kernel, local_walk, value, s,
            grad_local, logits, value, value_table, filters, grad_value, sums)
-    factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, walk, B)
+    factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, local_walk, B)
     launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.sizes,
            C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
     grad_logits = logits.new_empty(B * H * W, N)
-    _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
-           value, s, grad_local, value, value_table, grad_logits)
+    _local(kernels.filter_grad_kernel, _local_walk(value, s, all_channels=True), value, s,
+           grad_local, value, value_table, grad_logits)
     sums = sums.new_empty(B, filter_walk.runs, 2, N)
     launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
            C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)

@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import onednn
+from .. import conditions, onednn
 from ..contexts import ContextsSettings
+from ..parts import has_bias, is_plain, why_not_conv
 from ..watch import are_watched
-from .contexts import Mixing, compiled_contexts, filter_table, infer_contexts, tap_by_tap
+from .contexts import Mixing, channels_last, compiled_contexts, filter_table, infer_contexts, tap_by_tap
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
-from .norm import norm_act, norm_act_eval, running_table
+from .folding import fold_block, fold_layer, order_filters
+from .norm import norm_act, norm_act_eval
 from .pool import avg_pool
 
 __all__ = [
@@ -59,35 +61,64 @@ def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
 def infer_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `CotLayer` or `CoxtLayer` in evaluation without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
+    out = _cot_layer_in_graph(layer, x) if torch.compiler.is_compiling() else _cot_layer(layer, x)
+    return out if is_channels_last else out.contiguous()
+
+
+def _cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer with its norms folded on the way; x is channels-last."""
+    dtype = _dtype(x)
+    x, f = x if x.dtype == dtype else x.to(dtype), fold_layer(layer, dtype)
+    parts = layer._modules
+    key, se, embed = (parts[name]._modules for name in ('key_embed', 'se', 'embed'))
+    key, se1, se2, attn, norm = key['0'], se['0'], se['3'], embed['3'], embed['4']
+    fused, ones, nothing = _is_fused(dtype), (1, 1), (0, 0)
+    static = _conv2d_relu(
+        x, f.key, f.key_bias, None, ones, key.padding, key.dilation, f.key_groups, fused=fused)
+    hidden = _conv2d_relu(
+        static, f.of_key[:, :, None, None], f.bias, _conv1x1(x, f.query), ones, nothing, ones, 1, fused=fused)
+    logits, value = _conv1x1(hidden, f.attn), _conv1x1(x, f.value, f.value_bias)
+    s = ContextsSettings(layer.kernel_size, layer.dilation, layer.groups, norm.num_groups, filter_eps=norm.eps)
+    mixing = Mixing(se1.weight, se1.bias, f.mixing_table, se2.weight, se2.bias)
+    return _contexts(value, logits, static, (attn.bias, norm.weight, norm.bias), None, f.shift, mixing, s)
+
+
+def _is_fused(dtype: torch.dtype) -> bool:
+    """Whether cuDNN has convolutions with ReLU."""
+    return dtype != torch.float64 and conditions._has_cudnn()
+
+
+def _conv1x1(x: Tensor, filters: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """A 1x1 convolution with filters (out, channels) of an x that is channels-last."""
+    if x.dtype == torch.float32:  # whether it may run in TF32 is said for convolutions and for products apart
+        return F.conv2d(x, filters[:, :, None, None], bias)
+    return F.linear(x.permute(0, 2, 3, 1), filters, bias).permute(0, 3, 1, 2)  # adds the bias in its own pass
+
+
+def _cot_layer_in_graph(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer for a compiler, which makes of norms with ReLU what is best."""
     groups = layer.groups
     parts = layer._modules
     key, key_norm, _ = parts['key_embed']
     first, first_norm, _, attn, filter_norm = parts['embed']
     conv, value_norm = parts['conv1x1']
     se1, se_norm, _, se2 = parts['se']
-    static = _norm_act_eval(_conv(key, x), key_norm)
+    static = F.relu(key_norm(_conv(key, x)))
     of_query, of_key = query_key(first.weight, groups)
-    hidden = _norm_act_eval(F.conv2d(x, of_query) + F.conv2d(static, of_key), first_norm)
+    hidden = F.relu(first_norm(F.conv2d(x, of_query) + F.conv2d(static, of_key)))
     logits = F.conv2d(hidden, tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups))
     value = F.conv2d(x, dense(conv.weight, groups))
     s = ContextsSettings(
         layer.kernel_size, layer.dilation, groups, filter_norm.num_groups, filter_eps=filter_norm.eps)
-    value_table, table, mixing_table = (_running_table(norm, value.dtype) for norm in (value_norm, layer.bn, se_norm))
+    value_table, table, mixing_table = (_table_in_graph(norm, value.dtype) for norm in (value_norm, layer.bn, se_norm))
     mixing = Mixing(se1.weight, se1.bias, mixing_table, se2.weight, se2.bias)
-    out = _contexts(
+    return _contexts(
         value, logits, static, (attn.bias, filter_norm.weight, filter_norm.bias), value_table, table, mixing, s)
-    return out if is_channels_last else out.contiguous()
 
 
-def _norm_act_eval(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """`norm_act_eval`, which a compiler makes of a norm and ReLU by itself."""
-    return F.relu(norm(x)) if torch.compiler.is_compiling() else norm_act_eval(x, norm)
-
-
-def _running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
-    if not torch.compiler.is_compiling():
-        return running_table(norm, dtype)
+def _table_in_graph(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+    """Scale and shift of a norm, (2, C)."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     scale = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
     return torch.stack([scale, norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale])
@@ -98,6 +129,7 @@ def _contexts(
     """Output of a layer from the results of its convolutions, whether eagerly or as an operator of a graph."""
     if torch.compiler.is_compiling():
         return compiled_contexts(value, logits, static, filter_parameters, *args)
+    value, logits, static = map(channels_last, (value, logits, static))
     filters, _ = filter_table(logits, *filter_parameters, args[-1])
     return infer_contexts(value, logits, static, filters, *args)
 
@@ -105,23 +137,61 @@ def _contexts(
 def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in evaluation without a gradient, channels-last."""
     parts = block._modules
-    out = _norm(parts['conv1'](x), parts['bn1'])
+    conv1, norm1, conv3, norm3 = (parts[name] for name in ('conv1', 'bn1', 'conv3', 'bn3'))
+    shortcut = _look_at_shortcut(block.downsample, x)
+    if not (_folds(conv1, norm1) and _folds(conv3, norm3)) or shortcut is None:
+        out = _norm(conv1(x), norm1)
+        out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
+        return _norm(conv3(out), norm3, residual=_shortcut(block, x))
+    dtype = _dtype(x)
+    *pools, conv = shortcut
+    f = fold_block(conv1, norm1, conv3, norm3, conv, dtype)
+    fused, ones, nothing = _is_fused(dtype), (1, 1), (0, 0)
+    x = x if x.dtype == dtype else x.to(dtype)
+    out = _conv2d_relu(x, f.conv1[:, :, None, None], f.bias1, None, ones, nothing, ones, 1, fused=fused)
     out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
-    return _norm(parts['conv3'](out), parts['bn3'], residual=_shortcut(block, x))
+    for module in pools:
+        x = module(x)
+    if conv is not None:
+        x = F.conv2d(x, f.shortcut[:, :, None, None], None, conv[0].stride)
+    out, x = (t if t.dtype == dtype else t.to(dtype) for t in (out, x))
+    return channels_last(_conv2d_relu(out, f.conv3[:, :, None, None], f.bias3, x, ones, nothing, ones, 1, fused=fused))
+
+
+def _folds(conv: nn.Module, norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm that is known folds into a 1x1 convolution that is known."""
+    return conditions._is_pointwise(conv, 1) and not has_bias(conv) and conv.out_channels == norm.num_features
+
+
+def _look_at_shortcut(downsample: Optional[nn.Module], x: Tensor) -> Optional[Tuple]:
+    """What comes before the convolution of a shortcut, and at the end that with its norm; None if it is unknown."""
+    if downsample is None:
+        return (None,)
+    if type(downsample) is not nn.Sequential or len(downsample._modules) < 2 or are_watched([downsample]):
+        return None
+    *pools, conv, norm = downsample._modules.values()
+    parameters = conv._parameters
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or why_not_conv(conv.__dict__, parameters)             or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or has_bias(conv)             or conv.out_channels != norm.num_features or not is_plain(parameters['weight'], x, any_float=True)             or conditions._why_not_eval_norm(norm, x):
+        return None
+    return (*pools, (conv, norm))
 
 
 def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `FoldedCotLayer` without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
     is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     parts, groups = layer._modules, layer.groups
-    _, attn, norm = parts['embed']
-    query, value, (se1, _, se2) = parts['query'], parts['value'], parts['se']
-    static = conv_act(parts['key_embed'][0], x)
-    hidden = conv_act(parts['key'], static, F.conv2d(x, query.weight, groups=groups), query.bias)
-    logits = F.conv2d(hidden, tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups))
-    rows = x.permute(0, 2, 3, 1)  # the matrix product adds the bias in its own pass
-    value = F.linear(rows, dense(value.weight, groups).flatten(1), value.bias).permute(0, 3, 1, 2)
+    _, attn, norm = parts['embed']._modules.values()
+    query, value, (se1, _, se2) = parts['query'], parts['value'], parts['se']._modules.values()
+    static = conv_act(parts['key_embed']._modules['0'], x)
+    of_query = _conv1x1(x, query.weight.flatten(1)) if groups == 1 else F.conv2d(x, query.weight, groups=groups)
+    hidden = conv_act(parts['key'], static, channels_last(of_query), query.bias)
+    if torch.compiler.is_compiling():
+        filters = tap_by_tap(dense(attn.weight, groups), layer.kernel_size, groups).flatten(1)
+    else:
+        filters = order_filters(layer)
+    logits = _conv1x1(hidden, filters)
+    value = _conv1x1(x, dense(value.weight, groups).flatten(1), value.bias)
     s = ContextsSettings(layer.kernel_size, layer.dilation, groups, norm.num_groups, filter_eps=norm.eps)
     mixing = Mixing(se1.weight, se1.bias, None, se2.weight, se2.bias)
     out = _contexts(value, logits, static, (attn.bias, norm.weight, norm.bias), None, layer.shift, mixing, s)
@@ -173,10 +243,14 @@ def _conv2d_relu(
         padding: Tuple[int, int],
         dilation: Tuple[int, int],
         groups: int,
-        act: str,
+        act: str = 'relu',
+        fused: bool = True,
 ) -> Tensor:
-    """`onednn.conv2d_act` on a GPU, of which act is ReLU."""
-    if addend is None and bias is not None and groups == 1 and weight.shape[2:] == (1, 1) \
+    """`onednn.conv2d_act` on a GPU, of which act is ReLU; fused: whether there are operators of cuDNN for it."""
+    if not fused:
+        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return (out if addend is None else out.add_(addend)).relu_()
+    if x.dtype != torch.float32 and addend is None and bias is not None and groups == 1 and weight.shape[2:] == (1, 1) \
             and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         rows = x.permute(0, 2, 3, 1)  # a matrix product with ReLU takes less of the host's time
         out = torch._addmm_activation(bias, rows.flatten(0, 2), weight.flatten(1).t())
