@@ -93,7 +93,8 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
     attn = x.new_empty((B, 2 * C), dtype=p.rest.se_weight2.dtype)
     return [
         *like_matrices(p, s), rows(C), numbers(4, C), rows(hidden), numbers(4, hidden), image(C), image(N),
-        rows(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), attn, *like_attention(numbers(B, C), p.rest)]
+        rows(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), attn,
+        *like_attention(numbers(B, C), p.rest)]
 
 
 train_cot_layer = LayerOperator('train_cot_layer', layer_forward, layer_backward, like_kept)

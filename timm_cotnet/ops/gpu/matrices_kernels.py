@@ -89,8 +89,8 @@ def to_matrices_kernel(
     """All filters as matrices."""
     copy_all(
         tl.program_id(0), key_ptr, first_ptr, attn_ptr, value_ptr, key_matrix_ptr, of_query_ptr, of_key_ptr,
-        attn_matrix_ptr, value_matrix_ptr, C, HIDDEN, N, GROUPS, TAPS, KEY_PART, KEY_GROUPS, KEY_TAPS, KEY_STEP, KEY_TAP_STEP,
-        OF_KEY, OF_FIRST, OF_ATTN, OF_VALUE, False, BLOCK, ACC)
+        attn_matrix_ptr, value_matrix_ptr, C, HIDDEN, N, GROUPS, TAPS, KEY_PART, KEY_GROUPS, KEY_TAPS, KEY_STEP,
+        KEY_TAP_STEP, OF_KEY, OF_FIRST, OF_ATTN, OF_VALUE, False, BLOCK, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,5 +1,5 @@
 """Batch norm in training with what follows it in the same pass, in Triton: a sum with a residual, ReLU."""
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def norm_backward(
         weight: Tensor,
         table: Tensor,
         with_residual: bool = False,
-) -> Tuple[Tensor, Tensor, Sequence[Tensor]]:
+) -> Tuple[Tensor, Tensor, Tuple[Tensor, Tensor]]:
     """Gradients of x, of the residual (grad unless they differ), and of weight and bias; all dense.
 
     out is what ReLU put out; None: there is none.
@@ -152,7 +152,12 @@ def table_of_moments(
 
 
 def batch_norm_backward(
-        sums: Tensor, weight: Tensor, table: Tensor, walk: Walk, images: int = 1) -> Tuple[Tensor, Sequence[Tensor]]:
+        sums: Tensor,
+        weight: Tensor,
+        table: Tensor,
+        walk: Walk,
+        images: int = 1,
+) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
     """What makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
     from . import rows
 
@@ -161,7 +166,7 @@ def batch_norm_backward(
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
            sums, weight, table, factors, images, walk.sizes[0], images * walk.runs,
            C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    return factors, factors.unbind()[3:]
+    return factors, (factors.select(0, 3), factors.select(0, 4))
 
 
 def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, weight: Tensor, bias: Tensor):
