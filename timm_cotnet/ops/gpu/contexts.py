@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import Walk, accumulator, image_rows, launch, over_filters, power_of_2
+from .launch import Walk, accumulator, image_rows, launch, over_filters, over_halves, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 
@@ -33,11 +33,10 @@ def tap_by_tap(x: Tensor, kernel_size: int, groups: int) -> Tensor:
     return x.unflatten(0, (groups, -1, kernel_size ** 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _local_walk(value: Tensor, s: ContextsSettings, all_channels: bool = False) -> Walk:
+def _local_walk(value: Tensor, s: ContextsSettings) -> Walk:
     """How the kernels of the local convolution share out its work."""
     B, C, H, W = value.shape
-    repeats = dict(repeats=None) if all_channels else {}
-    return over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size(), **repeats)
+    return over_halves(B, H * W, C, s.num_filters, s.groups, value.element_size())
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -303,8 +302,8 @@ def train_backward(
            C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
     grad_logits = logits.new_empty(B * H * W, N)
-    _local(kernels.filter_grad_kernel, _local_walk(value, s, all_channels=True), value, s,
-           grad_local, value, value_table, grad_logits)
+    _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
+           value, s, grad_local, value, value_table, grad_logits)
     sums = sums.new_empty(B, filter_walk.runs, 2, N)
     launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
            C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
