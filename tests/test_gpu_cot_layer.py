@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from golden import filled, golden_input, load
-from helpers import FORMAT_NAMES, FORMATS, image
+from helpers import FORMAT_NAMES, FORMATS, image, shaken
+from torch import nn
 from triton_helpers import (
     DEVICE, LAYERS_AND_FORMATS, SMALL, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
     gradient_for, gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain,
@@ -13,8 +14,9 @@ from triton_helpers import (
 
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops.contexts import ContextsSettings
+from timm_cotnet.ops.cot_layer import grouped, parameters_of, settings_of
 from timm_cotnet.ops.gpu import launch
-from timm_cotnet.ops.gpu.contexts import filter_table, tap_by_tap
+from timm_cotnet.ops.gpu.contexts import _attend, _attend_backward, filter_table, tap_by_tap
 from timm_cotnet.ops.gpu.stand_ins import train_cot_layer
 
 CONVS = ('key_embed.0.weight', 'embed.0.weight', 'embed.3.weight', 'conv1x1.0.weight')
@@ -197,6 +199,35 @@ def test_running_statistics_are_averaged():
     for (name, buffer), expected in zip(layer.named_buffers(), reference.buffers()):
         torch.testing.assert_close(buffer.cpu(), expected, msg=name)
     assert layer.bn.num_batches_tracked == 3
+
+
+@kernels
+@pytest.mark.parametrize('dtype, weights', [
+    (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_mixing_of_many_images(dtype, weights):
+    """Programs walk through several blocks of images and of channels, and the last ones are not full."""
+    layer = create('small_cot')[0]
+    B, C, A = 150, 100, 6
+    layer.se = reference = nn.Sequential(nn.Conv2d(C, A, 1), nn.BatchNorm2d(A), nn.ReLU(), nn.Conv2d(A, 2 * C, 1))
+    reference = copy.deepcopy(shaken(reference).to(weights)).double()
+    p, s = grouped(parameters_of(layer.to(DEVICE))).rest, settings_of(layer, torch.zeros(1, dtype=dtype))
+    run_sums = torch.randn(B, 3, C, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    pooled = run_sums.double().sum(1)[:, :, None, None].requires_grad_()
+    expected = reference(pooled)
+    grad = torch.randn(B, 2 * C, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    expected_grads = torch.autograd.grad(
+        expected, [pooled, *reference.parameters()], grad.double()[:, :, None, None])
+    with torch.no_grad():
+        got, *kept = _attend(run_sums.to(DEVICE), p, s.averages[2], s.contexts.se_eps)
+        grads = _attend_backward(grad.to(DEVICE), *kept, p)
+    tolerance = TOLERANCE[weights] / 4
+    assert error(got[:, :, None, None], expected) < tolerance
+    largest = max(g.norm() for g in expected_grads)
+    for i, (actual, want) in enumerate(zip(grads, expected_grads)):
+        difference = (actual.cpu().double().reshape(want.shape) - want).norm()
+        assert difference <= tolerance * (largest if i == 2 else want.norm()), i  # the norm takes a bias out again
+    for name, buffer in layer.se.named_buffers():
+        assert error(buffer.double(), reference.get_buffer(name).double()) < tolerance, name
 
 
 # Statistics of numbers far from zero

@@ -174,6 +174,27 @@ def test_hooks_see_each_launch(driver, tensors, hook, monkeypatch):
     monkeypatch.undo()
 
 
+def test_another_device_than_nvidias(driver, tensors, monkeypatch):
+    """Launched by Triton, but without asking again what fits."""
+    launched, kernel = [], Kernel()
+    kernel.params = [SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in ('x_ptr', 'RELU', 'C')]
+    monkeypatch.setattr(torch.version, 'hip', '6.0')
+    monkeypatch.setattr(launch, '_has_old_launcher', lambda: False)
+
+    class Compiled(SimpleNamespace):
+        def __getitem__(self, grid):
+            return lambda *args: launched.append((grid, args))
+
+    run = Kernel.__getitem__
+    monkeypatch.setattr(Kernel, '__getitem__', lambda self, grid: lambda *args, **constants: Compiled(
+        **vars(run(self, grid)(*args, **constants))))
+    for i in range(2):
+        launch.launch(kernel, (5 + i,), *tensors, 1, 2, C=64, RELU=True)
+    assert len(kernel.by_triton) == 1 and not driver.launches
+    (grid, args), = launched
+    assert grid == (6, 1, 1) and all(a is b for a, b in zip(args, tensors)) and args[3:] == (1, 2, True, 64)
+
+
 @pytest.mark.parametrize('metadata', [
     dict(num_ctas=2), dict(launch_cooperative_grid=True), dict(launch_pdl=True), dict(global_scratch_size=128),
     dict(profile_scratch_size=8)], ids=lambda metadata: next(iter(metadata)))
@@ -198,7 +219,7 @@ def test_the_library(monkeypatch):
 
 
 @pytest.mark.slow
-def test_arguments_of_a_compiled_kernel(driver):
+def test_arguments_of_a_compiled_kernel(driver, monkeypatch):
     """Those of the machine code lie as the driver is given them, and Triton says of the kernel what is asked here."""
     from timm_cotnet.ops.gpu import rows
 
@@ -217,8 +238,10 @@ def test_arguments_of_a_compiled_kernel(driver):
 
     made.function = FUNCTION
     args = (Buffer(ADDRESS, torch.bfloat16), Buffer(2 * ADDRESS), 3136, 64, 49)
-    repeat = launch.repeat_of(made, kernel, args, constants)
-    assert repeat((98,), [a.data_ptr() for a in args[:2]], args)
+    monkeypatch.setattr(type(kernel), '__getitem__', lambda *_: lambda *_, **__: made)
+    monkeypatch.setattr(launch, '_kernels', {})
+    for _ in range(2):
+        launch.launch(kernel, (98,), *args, **constants)
     found, = driver.launches
     assert found.arguments == [ADDRESS, 2 * ADDRESS, 3136, 64, 49, 0, 0, 0]
     assert found.block == (32 * made.metadata.num_warps, 1, 1) and found.shared == made.metadata.shared

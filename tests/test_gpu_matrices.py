@@ -14,7 +14,7 @@ pytest.importorskip('triton', reason='Triton is not installed')
 @pytest.mark.slow
 @outside
 def test_kernels_in_the_interpreter():
-    passed, skipped = passed_in_the_interpreter(__file__, loops=False)
+    passed, skipped = passed_in_the_interpreter(__file__)
     assert passed == 17 and skipped == 1  # this test
 
 
@@ -51,7 +51,6 @@ def test_to_matrices_and_back(tag, dtype, lies):
         for name, got, want in zip(Matrices._fields, made, expected(p, s)):
             assert got.dtype == dtype and torch.equal(got, want.to(dtype)), name
         assert made.key.is_contiguous(memory_format=torch.channels_last)
-        assert s.averages[2].tracked == 1
 
         image_sums = torch.randn(5, 3, len(p.attn), dtype=torch.float32, device=DEVICE)
         found, sums = from_matrices(made, image_sums, p, s)

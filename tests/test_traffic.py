@@ -87,7 +87,7 @@ def test_training_of_a_layer(counter, within):
         kept = sum(storage.nbytes() for storage in kept.values())
         out.backward(torch.empty_like(out))
     assert x.grad.shape == SHAPE and all(p.grad.shape == p.shape for p in layer.parameters())
-    assert (launches(forward), launches(backward), launches(events)) == (15, 20, 66)
+    assert (launches(forward), launches(backward), launches(events)) == (10, 15, 56)
     assert units(forward) == pytest.approx(10.30, abs=0.01)
     assert units(backward) == pytest.approx(22.96, abs=0.01)
     assert units(events) == pytest.approx(80.68, abs=0.01)

@@ -43,7 +43,7 @@ KERNELS = {
         'shortcut:SHORTCUT mean:SHORTCUT var:SHORTCUT weight:SHORTCUT bias:SHORTCUT', 'out'),
     'order_filters_kernel': ('attn', 'out'),
     'to_matrices_kernel': (
-        'key first attn value tracked', 'tracked key_matrix of_query of_key attn_matrix value_matrix'),
+        'key first attn value', 'key_matrix of_query of_key attn_matrix value_matrix'),
     'from_matrices_kernel': (
         'key_matrix of_query of_key attn_matrix value_matrix image_sums', 'key first attn value sums'),
     'filter_norm_kernel': ('moments conv_bias weight bias', 'table means'),
@@ -55,9 +55,13 @@ KERNELS = {
     'pool_kernel': ('out static table', 'pooled'),
     'mix_kernel': ('out static attn table!DYNAMIC', 'mixed'),
     'attend_kernel': ('pooled weight1 bias1 table:NORMED weight2 bias2', 'attn'),
+    'train_attend_kernel': (
+        'run_sums weight1 bias1 weight bias running_mean running_var tracked',
+        'running_mean running_var tracked pooled normed hidden x_scale'),
+    'train_attend_backward_kernel': ('grad weight2 hidden normed weight x_scale', 'grad_x grads'),
     'mix_sums_kernel': ('grad out static table', 'sums'),
     'attn_grad_kernel': ('run_sums attn', 'sums grad_attn'),
-    'mixed_norm_backward_kernel': ('sums attn grad_pooled weight table', 'factors'),
+    'mixed_norm_backward_kernel': ('sums attn grad_attn grad_pooled weight table', 'factors'),
     'mix_backward_kernel': ('grad out attn grad_pooled table factors', 'grad_static grad_out'),
 }
 _KERNEL_KINDS = {

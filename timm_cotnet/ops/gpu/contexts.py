@@ -189,8 +189,7 @@ def train_forward(
         logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
         static: Static context, (B * H * W, C).
         p: Parameters, in any floating dtype.
-        averages: Running statistics of the norms of value, local convolution and mixing, which are updated, but for
-            the number of batches of the last one.
+        averages: Running statistics of the norms of value, local convolution and mixing, which are updated.
         s: Numbers.
     """
     from . import contexts_kernels as kernels, mixing_kernels
@@ -205,7 +204,7 @@ def train_forward(
     pooled = moments.new_empty(B, walk.runs, C)
     launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
            C=C, **walk.blocks, ACC=acc)
-    attn, *hidden = se_forward(_as(pooled.sum(1), p.se_weight1.dtype), p[7:], averages[2], s.se_eps)
+    attn, *hidden = _attend(pooled, p, averages[2], s.se_eps)
     mixed = torch.empty_like(value)
     launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.sizes,
            C=C, DYNAMIC=False, **walk.blocks, ACC=acc)
@@ -217,35 +216,47 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def se_forward(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tuple[Tensor, ...]:
-    """Logits of the mix, (B, 2 * C), and what the backward needs; the number of batches is counted elsewhere."""
-    weight1, bias1, weight, bias, weight2, bias2 = parameters
-    x = F.linear(pooled, weight1.flatten(1), bias1)
-    hidden, mean, rstd = torch.native_batch_norm(
-        x, weight, bias, averages.mean, averages.var, True, averages.momentum, eps)
-    hidden.relu_()
-    return F.linear(hidden, weight2.flatten(1), bias2), pooled, x, hidden, mean, rstd
+def like_attention(pooled: Tensor, p: TrainingParameters) -> Tuple[Tensor, ...]:
+    """Empty tensors that `_attend` fills for the backward; pooled, (B, ..., C), is in the dtype of tables."""
+    (B, *_, C), A = pooled.shape, len(p.se_bias1)
+    return (pooled.new_empty((B, C), dtype=p.se_weight1.dtype), pooled.new_empty(B, A),
+            pooled.new_empty((B, A), dtype=p.se_weight2.dtype), pooled.new_empty(A))
 
 
-def _se_backward(
+def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: float) -> Tuple[Tensor, ...]:
+    """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, and what the backward needs."""
+    from . import mixing_kernels
+
+    (B, runs, C), A = pooled.shape, len(p.se_bias1)
+    images, normed, hidden, x_scale = kept = like_attention(pooled, p)
+    launch(mixing_kernels.train_attend_kernel, (A,),
+           pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
+           averages.tracked, *kept, B, runs,
+           C=C, A=A, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(pooled.dtype)[1],
+           num_warps=16)
+    return F.linear(hidden, p.se_weight2.flatten(1), p.se_bias2), *kept
+
+
+def _attend_backward(
         grad: Tensor,
         pooled: Tensor,
-        x: Tensor,
+        normed: Tensor,
         hidden: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        parameters: Sequence[Tensor],
-        eps: float,
+        x_scale: Tensor,
+        p: TrainingParameters,
 ) -> Tuple[Tensor, ...]:
-    """Gradients of the pooled contexts and of the parameters."""
-    weight1, _, weight, _, weight2, _ = parameters
-    grad = _as(grad, weight2.dtype)
-    grad_hidden = torch.ops.aten.threshold_backward(grad.mm(weight2.flatten(1)), hidden, 0)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad_hidden, x, weight, None, None, mean, rstd, True, eps, (True, True, True))
+    """Gradients of the pooled contexts and of the parameters but for the last one, which is a sum over images."""
+    from . import mixing_kernels
+
+    (B, C), A = pooled.shape, len(x_scale)
+    grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
+    launch(mixing_kernels.train_attend_backward_kernel, (A,),
+           grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B,
+           C=C, A=A, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
+    grad_weight, grad_bias, grad_bias1 = grads.unbind()
     return (
-        grad_x.mm(weight1.flatten(1)), grad_x.t().mm(pooled).view(weight1.shape), grad_x.sum(0), grad_weight, grad_bias,
-        grad.t().mm(hidden).view(weight2.shape), grad.sum(0))
+        grad_x.mm(p.se_weight1.flatten(1)), grad_x.t().mm(pooled).view(p.se_weight1.shape), grad_bias1, grad_weight,
+        grad_bias, _as(grad, hidden.dtype).t().mm(hidden).view(p.se_weight2.shape))
 
 
 def train_backward(
@@ -260,10 +271,9 @@ def train_backward(
         table: Tensor,
         attn: Tensor,
         pooled: Tensor,
-        x: Tensor,
+        normed: Tensor,
         hidden: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        x_scale: Tensor,
         p: TrainingParameters,
         s: ContextsSettings,
 ) -> List[Tensor]:
@@ -282,12 +292,13 @@ def train_backward(
     sums, grad_attn = run_sums.new_empty(B, 4, C), run_sums.new_empty(B, 2 * C)
     launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs,
            C=C, BLOCK_C=64, ACC=acc)
-    grad_pooled, *se_grads = _se_backward(grad_attn, pooled, x, hidden, mean, rstd, p[7:], s.se_eps)
+    grad_pooled, *se_grads = _attend_backward(grad_attn, pooled, normed, hidden, x_scale, p)
 
-    factors = table.new_empty(5, C)
+    factors = table.new_empty(7, C)
     launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
-           sums, attn, grad_pooled, p.weight, table, factors, B, H * W, C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    *_, grad_weight, grad_bias = factors.unbind()
+           sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W,
+           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+    _, grad_weight, grad_bias, grad_bias2 = factors.view(-1).split([3 * C, C, C, 2 * C])
     grad_static, grad_local = torch.empty_like(static), torch.empty_like(local)
     launch(mixing_kernels.mix_backward_kernel, walk.grid,
            grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.sizes,
@@ -314,4 +325,5 @@ def train_backward(
     launch(rows.norm_backward_kernel, filter_walk.grid,
            grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.sizes,
            C=N, FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
-    return [grad_value, grad_logits, grad_static, *value_grads, grad_weight, grad_bias, *se_grads, filter_grads]
+    return [grad_value, grad_logits, grad_static, *value_grads, grad_weight, grad_bias, *se_grads, grad_bias2,
+            filter_grads]

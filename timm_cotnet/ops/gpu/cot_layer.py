@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..compiled import LayerOperator
 from ..contexts import gradient_like
 from ..cot_layer import Settings, grouped
-from .contexts import se_forward, train_backward, train_forward
+from .contexts import like_attention, train_backward, train_forward
 from .matrices import Matrices, from_matrices, is_dense, key_groups, like_matrices, to_matrices
 from .norm import norm_again, norm_backward, norm_forward
 
@@ -90,10 +90,10 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
     def numbers(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    attn = se_forward(x.new_empty((B, C), dtype=p.rest.se_weight1.dtype), p.rest[7:], s.averages[2], s.contexts.se_eps)
+    attn = x.new_empty((B, 2 * C), dtype=p.rest.se_weight2.dtype)
     return [
         *like_matrices(p, s), rows(C), numbers(4, C), rows(hidden), numbers(4, hidden), image(C), image(N),
-        rows(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), *attn]
+        rows(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), attn, *like_attention(numbers(B, C), p.rest)]
 
 
 train_cot_layer = LayerOperator('train_cot_layer', layer_forward, layer_backward, like_kept)

@@ -3,6 +3,7 @@ import ctypes
 import functools
 import struct
 import threading
+from functools import reduce
 from operator import or_
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,7 +17,21 @@ LINE = 128
 LOADS = 2
 HALF_PROGRAMS = 2 * PROGRAMS
 
-_kernels: Dict[int, Tuple[Any, int, Dict[tuple, 'Repeat']]] = {}
+
+class Repeat(NamedTuple):
+    """What launches again what a kernel was compiled to; by Triton if `start` is None."""
+    compiled: Any  # has the function, which goes with it
+    tail: tuple  # constants, which Triton takes behind the arguments
+    start: Optional[Callable[..., int]] = None  # `cuLaunchKernel` of the CUDA driver
+    pack_into: Optional[Callable[..., None]] = None
+    function: int = 0
+    threads: int = 0
+    shared: int = 0
+    stream_of: Optional[Callable[[int], int]] = None
+    hooks: Any = None  # holds what wants to know of each launch, as profilers do
+
+
+_kernels: Dict[int, Tuple[Any, int, Dict[tuple, Repeat]]] = {}
 
 
 def launch(kernel, grid: Tuple[int], *args, **constants) -> None:
@@ -34,25 +49,43 @@ def launch(kernel, grid: Tuple[int], *args, **constants) -> None:
     _, count, repeats = known
     tensors = args[:count]
     pointers = [t.data_ptr() for t in tensors]
-    if functools.reduce(or_, pointers) % VECTOR:  # these need kernels of their own
+    if reduce(or_, pointers) % VECTOR:  # these need kernels of their own
         kernel[grid](*args, **constants)
         return
-    key = (tensors[0].get_device(), *[t.dtype for t in tensors], *constants, *constants.values())
+    device = tensors[0].get_device()
+    key = (device, *[t.dtype for t in tensors], *constants, *constants.values())
     repeat = repeats.get(key)
-    if repeat is not None and repeat(grid, pointers, args):
-        return
-    compiled = kernel[grid](*args, **constants)
     if repeat is None:
-        repeat = repeat_of(compiled, kernel, args, constants)
+        repeat = repeat_of(kernel[grid](*args, **constants), kernel, args, constants)
         if repeat is not None:
             repeats[key] = repeat
-
-
-Repeat = Callable[[Tuple[int], Sequence[int], Sequence], bool]  # of grid, pointers and all arguments: whether it could
+        return
+    compiled, tail, start, pack_into, function, threads, shared, stream_of, hooks = repeat
+    if start is None:
+        compiled[(grid[0], 1, 1)](*args, *tail)
+        return
+    try:
+        memory, addresses = _arguments.of_thread
+    except AttributeError:
+        memory, addresses = _arguments.of_thread = _argument_slots()
+    try:
+        pack_into(memory, 0, *pointers, *args[count:])
+    except struct.error:  # an integer of 64 bits, for which there is another kernel
+        kernel[grid](*args, **constants)
+        return
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave) \
+            or start(function, grid[0], 1, 1, threads, 1, 1, shared, stream_of(device), addresses, None) != 0:
+        # Triton says why something fails; and makes the device's context that of a new thread
+        kernel[grid](*args, **constants)
 
 
 def repeat_of(compiled, kernel, args: Sequence, constants: Dict[str, Any]) -> Optional[Repeat]:
-    """What launches again what a kernel was compiled to; None in Triton's interpreter, and with integers of 64 bits."""
+    """Of what a kernel was compiled to; None in Triton's interpreter, and with integers of 64 bits.
+
+    The driver takes the addresses of a kernel's arguments, and reads as many as it has. Behind those of its source
+    these may be two pointers to memory for the kernel to work in, of which none is needed.
+    """
     if not hasattr(compiled, 'packed_metadata'):
         return None
     count, metadata = sum(isinstance(a, Tensor) for a in args), compiled.metadata
@@ -61,49 +94,17 @@ def repeat_of(compiled, kernel, args: Sequence, constants: Dict[str, Any]) -> Op
         return None
     if torch.version.hip is None and getattr(metadata, 'num_ctas', 1) == 1 \
             and not any(getattr(metadata, name, None) for name in _BEYOND_A_PLAIN_LAUNCH):
-        return _by_the_driver(compiled, tensors=count, integers=len(args) - count, device=args[0].get_device())
+        arguments = struct.Struct('=' + 'Q' * count + 'i4x' * (len(args) - count) + '16x')
+        return Repeat(
+            compiled, (), _driver().cuLaunchKernel, arguments.pack_into, compiled.function, 32 * metadata.num_warps,
+            metadata.shared, torch._C._cuda_getCurrentRawStream, _hooks())
     if _has_old_launcher():
         return None
-    tail = tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
-
-    def repeat(grid: Tuple[int], pointers: Sequence[int], args: Sequence) -> bool:
-        compiled[(grid[0], 1, 1)](*args, *tail)
-        return True
-    return repeat
+    return Repeat(compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr))
 
 
 _BEYOND_A_PLAIN_LAUNCH = (
     'launch_cooperative_grid', 'launch_pdl', 'global_scratch_size', 'profile_scratch_size', 'instrumentation_mode')
-
-
-def _by_the_driver(compiled, tensors: int, integers: int, device: int) -> Repeat:
-    """A launch by the CUDA driver, which takes the addresses of a kernel's arguments.
-
-    It reads as many as the kernel has. Behind those of its source these may be two pointers to memory for the kernel
-    to work in, of which none is needed.
-    """
-    pack_into = struct.Struct('=' + 'Q' * tensors + 'i4x' * integers + '16x').pack_into
-    start, is_hooked, stream_of = _driver().cuLaunchKernel, _hooks(), torch._C._cuda_getCurrentRawStream
-    function, threads, shared = compiled.function, 32 * compiled.metadata.num_warps, compiled.metadata.shared
-
-    def repeat(grid: Tuple[int], pointers: Sequence[int], args: Sequence) -> bool:
-        try:
-            memory, addresses = _arguments.of_thread
-        except AttributeError:
-            memory, addresses = _arguments.of_thread = _argument_slots()
-        try:
-            pack_into(memory, 0, *pointers, *args[tensors:])
-        except struct.error:  # an integer of 64 bits
-            return False
-        if is_hooked():
-            return False
-        # what fails is launched by Triton, which says why; or makes the device's context that of a new thread
-        return start(function, grid[0], 1, 1, threads, 1, 1, shared, stream_of(device), addresses, None) == 0
-
-    repeat.compiled = compiled  # which would take its function with it
-    return repeat
-
-
 _arguments = threading.local()  # of the launch that a thread is at: a backward runs in another one
 _SLOTS = 64
 
@@ -124,17 +125,11 @@ def _driver() -> ctypes.CDLL:
     return library
 
 
-def _hooks() -> Callable[[], bool]:
-    """Whether something wants to know of each launch, as profilers do."""
+def _hooks() -> Any:
     import triton
 
     knobs = getattr(triton, 'knobs', None)  # of Triton 3.4 and later
-    holder = triton.compiler.CompiledKernel if knobs is None else knobs.runtime
-
-    def is_hooked() -> bool:
-        enter, leave = holder.launch_enter_hook, holder.launch_exit_hook
-        return bool(getattr(enter, 'calls', enter)) or bool(getattr(leave, 'calls', leave))
-    return is_hooked
+    return triton.compiler.CompiledKernel if knobs is None else knobs.runtime
 
 
 @functools.lru_cache(maxsize=None)

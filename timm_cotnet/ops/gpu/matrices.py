@@ -44,14 +44,14 @@ def like_matrices(p: Parameters, s: Settings) -> Matrices:
 
 
 def to_matrices(p: Parameters, s: Settings) -> Matrices:
-    """The matrices of a layer's filters. Counts a batch of the mixing's norm."""
+    """The matrices of a layer's filters."""
     from . import matrices_kernels as kernels
 
     made = like_matrices(p, s)
     key, steps = _key(p.key)
     filters = (key, *(t.contiguous() for t in (p.first, p.attn, p.value)))
     sizes, programs = _sizes(p, s, steps, [True] * 4)
-    launch(kernels.to_matrices_kernel, (programs,), *filters, s.averages[2].tracked, *made, *sizes,
+    launch(kernels.to_matrices_kernel, (programs,), *filters, *made, *sizes,
            BLOCK=_BLOCK, ACC=accumulator(s.dtype)[1])
     return made
 

@@ -82,17 +82,14 @@ def copy_all(
 
 @triton.jit(do_not_specialize=SIZES)
 def to_matrices_kernel(
-        key_ptr, first_ptr, attn_ptr, value_ptr, tracked_ptr, key_matrix_ptr, of_query_ptr, of_key_ptr, attn_matrix_ptr,
+        key_ptr, first_ptr, attn_ptr, value_ptr, key_matrix_ptr, of_query_ptr, of_key_ptr, attn_matrix_ptr,
         value_matrix_ptr, C, HIDDEN, N, GROUPS, TAPS, KEY_PART, KEY_GROUPS, KEY_TAPS, KEY_STEP, KEY_TAP_STEP,
         OF_KEY, OF_FIRST, OF_ATTN, OF_VALUE, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):
-    """All filters as matrices. And counts a batch of the norm that has no kernel here."""
-    pid = tl.program_id(0)
-    if pid == 0:
-        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+    """All filters as matrices."""
     copy_all(
-        pid, key_ptr, first_ptr, attn_ptr, value_ptr, key_matrix_ptr, of_query_ptr, of_key_ptr, attn_matrix_ptr,
-        value_matrix_ptr, C, HIDDEN, N, GROUPS, TAPS, KEY_PART, KEY_GROUPS, KEY_TAPS, KEY_STEP, KEY_TAP_STEP,
+        tl.program_id(0), key_ptr, first_ptr, attn_ptr, value_ptr, key_matrix_ptr, of_query_ptr, of_key_ptr,
+        attn_matrix_ptr, value_matrix_ptr, C, HIDDEN, N, GROUPS, TAPS, KEY_PART, KEY_GROUPS, KEY_TAPS, KEY_STEP, KEY_TAP_STEP,
         OF_KEY, OF_FIRST, OF_ATTN, OF_VALUE, False, BLOCK, ACC)
 
 

@@ -92,6 +92,107 @@ def attend_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
+def train_attend_kernel(
+        run_sums_ptr, weight1_ptr, bias1_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+        pooled_ptr, normed_ptr, hidden_ptr, x_scale_ptr, B, RUNS,
+        C: tl.constexpr, A: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):
+    """In training what the second convolution of the mixing gets, (B, A), from sums of each run, (B, RUNS, C).
+
+    A program has a hidden channel of all images. For the backward also the sums of each image, (B, C), and the norm's
+    output without weight and bias, (B, A), and 1 / sqrt(var + eps), (A). Updates the running statistics.
+    """
+    a = tl.program_id(0)
+    weight1_ptr += a * C
+    bias1 = tl.load(bias1_ptr + a).to(ACC)
+    total = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, B, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        x = tl.zeros((BLOCK_R,), ACC) + bias1
+        for first in range(0, C, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            pooled = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+            for run in range(RUNS):
+                pooled += load(run_sums_ptr + run * C, r * RUNS, B * RUNS, c, C, ACC)
+            if a == 0:
+                store(pooled_ptr, pooled, r, B, c, C)
+            x += tl.sum(pooled * row(weight1_ptr, c, C, ACC)[None, :], 1)
+        tl.store(normed_ptr + r * A + a, x, mask=r < B)
+        total += tl.where(r < B, x, 0)
+    count = B.to(ACC)
+    mean = tl.sum(total, 0) / count
+    tl.debug_barrier()  # threads may read what others have written
+    squares = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, B, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        x = tl.load(normed_ptr + r * A + a, mask=r < B, other=0) - mean
+        squares += tl.where(r < B, x * x, 0)
+    var = tl.sum(squares, 0) / count
+    x_scale = 1 / tl.sqrt(var + EPS)
+    weight, bias = tl.load(weight_ptr + a).to(ACC), tl.load(bias_ptr + a).to(ACC)
+    tl.debug_barrier()
+    for start in range(0, B, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        x = (tl.load(normed_ptr + r * A + a, mask=r < B, other=0) - mean) * x_scale
+        z = x * weight + bias
+        z = tl.where(z <= 0, 0, z)
+        tl.store(normed_ptr + r * A + a, x, mask=r < B)
+        tl.store(hidden_ptr + r * A + a, z.to(hidden_ptr.dtype.element_ty), mask=r < B)
+    tl.store(x_scale_ptr + a, x_scale)
+    running = tl.load(running_mean_ptr + a).to(ACC)
+    running = (1 - MOMENTUM) * running + MOMENTUM * mean
+    tl.store(running_mean_ptr + a, running.to(running_mean_ptr.dtype.element_ty))
+    running = tl.load(running_var_ptr + a).to(ACC)
+    running = (1 - MOMENTUM) * running + MOMENTUM * (var * (count / (count - 1)))
+    tl.store(running_var_ptr + a, running.to(running_var_ptr.dtype.element_ty))
+    if a == 0:
+        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def train_attend_backward_kernel(
+        grad_ptr, weight2_ptr, hidden_ptr, normed_ptr, weight_ptr, x_scale_ptr, grad_x_ptr, grads_ptr, B,
+        C: tl.constexpr, A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):
+    """Gradient of what the mixing's norm got, (B, A), from that of the logits, (B, 2 * C).
+
+    And those of the norm's weight and bias, and of the first convolution's bias: (3, A).
+    """
+    a = tl.program_id(0)
+    weight2_ptr += a
+    total = tl.zeros((BLOCK_R,), ACC)
+    products = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, B, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        grad = tl.zeros((BLOCK_R,), ACC)
+        for first in range(0, 2 * C, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            weight2 = tl.load(weight2_ptr + c * A, mask=c < 2 * C, other=0).to(ACC)
+            grad += tl.sum(load(grad_ptr, r, B, c, 2 * C, ACC) * weight2[None, :], 1)
+        at = r * A + a
+        grad = tl.where(tl.load(hidden_ptr + at, mask=r < B, other=0).to(ACC) > 0, grad, 0)
+        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=r < B)
+        total += grad
+        products += grad * tl.load(normed_ptr + at, mask=r < B, other=0)
+    grad_bias, grad_weight, count = tl.sum(total, 0), tl.sum(products, 0), B.to(ACC)
+    scale = tl.load(weight_ptr + a).to(ACC) * tl.load(x_scale_ptr + a)
+    tl.debug_barrier()
+    total = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, B, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        at = r * A + a
+        grad = tl.load(grad_x_ptr + at, mask=r < B, other=0).to(ACC)
+        normed = tl.load(normed_ptr + at, mask=r < B, other=0)
+        grad = tl.where(r < B, scale * (grad - (grad_bias + normed * grad_weight) / count), 0)
+        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=r < B)
+        total += grad
+    tl.store(grads_ptr + a, grad_weight)
+    tl.store(grads_ptr + A + a, grad_bias)
+    tl.store(grads_ptr + 2 * A + a, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def mix_sums_kernel(
         grad_ptr, out_ptr, static_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS,
         C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
@@ -161,17 +262,22 @@ def attn_grad_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mixed_norm_backward_kernel(
-        sums_ptr, attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P,
+        sums_ptr, attn_ptr, grad_attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P,
         C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
-    """`store_backward_factors` of the norm behind the local convolution, from sums (B, 4, C) of `attn_grad_kernel`."""
+    """`store_backward_factors` of the norm behind the local convolution, from sums (B, 4, C) of `attn_grad_kernel`.
+
+    Behind these the gradient of what is added to the mix's logits, (2 * C).
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     products = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    of_static = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for start in range(0, B, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = (r < B)[:, None] & (c < C)[None, :]
         of_dynamic = 1 - load_static_weight(attn_ptr + r[:, None] * (2 * C), c[None, :], mask, ACC)
+        of_static += tl.load(grad_attn_ptr + r[:, None] * (2 * C) + 2 * c[None, :] + 1, mask=mask, other=0).to(ACC)
         pool_grad = load(grad_pooled_ptr, r, B, c, C, ACC) / P
         total += of_dynamic * load(sums_ptr, 4 * r, 4 * B, c, C, ACC)
         total += pool_grad * load(sums_ptr, 4 * r + 1, 4 * B, c, C, ACC)
@@ -180,6 +286,9 @@ def mixed_norm_backward_kernel(
     store_backward_factors(
         factors_ptr, weight_ptr, table_ptr, tl.sum(total, 0), tl.sum(products, 0),
         B.to(ACC) * P.to(ACC), c, C, ACC)
+    of_static = tl.sum(of_static, 0)
+    tl.store(factors_ptr + 5 * C + 2 * c, -of_static, mask=c < C)
+    tl.store(factors_ptr + 5 * C + 2 * c + 1, of_static, mask=c < C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
