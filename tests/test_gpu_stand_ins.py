@@ -241,6 +241,16 @@ def test_infer_cot_layer(tag, memory_format):
 
 @kernels
 @torch.no_grad()
+def test_infer_many_images(folded_dtype, B=67):
+    """So many that several share a program that mixes; not all programs have as many."""
+    layer, x = create('cot24', torch.float32)
+    x = x[:1, :, :2, :2] * torch.arange(1, B + 1).view(-1, 1, 1, 1).to(x) / B
+    out = infer_cot_layer(layer.eval(), x.contiguous(memory_format=torch.channels_last))
+    assert error(out, plain(*exact(layer, x))) < 1e-5
+
+
+@kernels
+@torch.no_grad()
 def test_infer_cot_layer_of_filters_in_any_memory(folded_dtype):
     """Nothing is kept of parameters between calls, however they change."""
     layer, x = create('coxt', torch.float32)

@@ -6,7 +6,8 @@ where autograd would keep six tensors more.
 
 Filters lie tap by tap, as `contexts_kernels.py` says; `tap_by_tap` brings those of a convolution into that order.
 """
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+import functools
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,23 @@ def filter_table(
     return table, means
 
 
+@functools.lru_cache(maxsize=1024)
+def _shares_of_mixing(B: int, C: int, hidden: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
+    """Grid of the kernel that makes the logits of the mix, logits that a program has, and constants.
+
+    Images that share a program share its weights, and few of them leave some logits to other programs.
+    """
+    images = 4 if B >= 64 and dtype != torch.float64 else 1
+    block_a, groups = power_of_2(hidden), -(-B // images)
+    # 32 products for each of 256 threads
+    block_c = max(16, min(32 if images > 1 else 64, power_of_2(C), 2 ** (14 if dtype == torch.float64 else 15) // (4 * images * block_a)))
+    parts = max(1, min(-(-2 * C // block_c), -(-128 // groups)))
+    length = -(-2 * C // (parts * block_c)) * block_c
+    return (groups * -(-2 * C // length),), length, dict(
+        A=hidden, IMAGES=images, BLOCK_A=block_a, BLOCK_C=block_c,
+        UNROLLED=min(4, power_of_2(-(-C // block_c))), num_warps=8)
+
+
 def infer_contexts(
         value: Tensor,
         logits: Tensor,
@@ -102,11 +120,11 @@ def infer_contexts(
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
            NORMED=value_table is not None)
-    attn, hidden = pooled.new_empty(B, 2 * C), mixing.bias1.shape[0]
+    attn, (grid, length, sizes) = pooled.new_empty(B, 2 * C), _shares_of_mixing(B, C, mixing.bias1.shape[0], dtype)
     mixing = Mixing(*(t if t is None else t.contiguous() for t in mixing))
-    launch(mixing_kernels.attend_kernel, (B,), pooled, mixing.weight1, mixing.bias1,
-           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, walk.runs,
-           C=C, A=hidden, NORMED=mixing.table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
+    launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
+           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
+           C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
     mixed = torch.empty_like(value)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, mixed, *walk.sizes,
            C=C, DYNAMIC=True, **walk.blocks, ACC=acc)

@@ -171,7 +171,7 @@ def _look_at_shortcut(downsample: Optional[nn.Module], x: Tensor) -> Optional[Tu
         return None
     *pools, conv, norm = downsample._modules.values()
     parameters = conv._parameters
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or why_not_conv(conv.__dict__, parameters)             or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or has_bias(conv)             or conv.out_channels != norm.num_features or not is_plain(parameters['weight'], x, any_float=True)             or conditions._why_not_eval_norm(norm, x):
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or why_not_conv(conv.__dict__, parameters)             or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or has_bias(conv)             or conv.out_channels != norm.num_features or not is_plain(parameters['weight'], x, any_float=True)             or conditions.why_not_eval_norm(norm, x):
         return None
     return (*pools, (conv, norm))
 
@@ -227,8 +227,9 @@ def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
 
 def conv_act(conv: nn.Conv2d, x: Tensor, addend: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
     """`relu(conv(x) + addend)` in one call of cuDNN, with a bias other than the module's if one is given."""
-    args = (conv.weight, conv.bias if bias is None else bias, addend, conv.stride, conv.padding, conv.dilation,
-            conv.groups, 'relu')
+    parameters = conv._parameters  # as `nn.Module.__getattr__` is slow
+    args = (parameters['weight'], parameters.get('bias') if bias is None else bias, addend, conv.stride, conv.padding,
+            conv.dilation, conv.groups, 'relu')
     if torch.compiler.is_compiling():
         return torch.ops.timm_cotnet.conv2d_act(x, *args)
     return _conv2d_relu(x, *args)
@@ -252,9 +253,10 @@ def _conv2d_relu(
         return (out if addend is None else out.add_(addend)).relu_()
     if x.dtype != torch.float32 and addend is None and bias is not None and groups == 1 and weight.shape[2:] == (1, 1) \
             and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        rows = x.permute(0, 2, 3, 1)  # a matrix product with ReLU takes less of the host's time
-        out = torch._addmm_activation(bias, rows.flatten(0, 2), weight.flatten(1).t())
-        return out.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+        B, C, H, W = x.shape  # a matrix product with ReLU takes less of the host's time
+        rows = x.permute(0, 2, 3, 1).reshape(-1, C)
+        out = torch._addmm_activation(bias, rows, weight.reshape(-1, C).t())
+        return out.view(B, H, W, -1).permute(0, 3, 1, 2)
     weight = weight.contiguous(memory_format=torch.channels_last)
     geometry = (stride, padding, dilation, groups)
     if addend is None:
