@@ -125,10 +125,9 @@ def infer_contexts(
     launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
            pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
            C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
-    mixed = torch.empty_like(value)
-    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, mixed, *walk.sizes,
-           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)
-    return mixed
+    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.sizes,
+           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
+    return dynamic
 
 
 def compiled_contexts(
