@@ -20,6 +20,9 @@ from .launch import accumulator, image_rows, launch, over_filters, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 
+_SMALL = 256  # pixels of an image, through which one program walks in little time
+
+
 class Mixing(NamedTuple):
     """Two 1x1 convolutions that make the weights of the mix for inference, and scale and shift between them."""
     weight1: Tensor  # (A, C, 1, 1)
@@ -72,6 +75,23 @@ def filter_table(
     return table, means
 
 
+def infer_filter_table(
+        logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tensor:
+    """The first result of `filter_table`; of small images, which one launch can do, only its first two rows."""
+    from . import statistics_kernels
+
+    B, N, H, W = logits.shape
+    if H * W > _SMALL:
+        return filter_table(logits, conv_bias, weight, bias, s)[0]
+    dtype, acc = accumulator(logits.dtype)
+    grid, sizes = _filter_tiles(B, s)
+    block_p = min(32, power_of_2(H * W), max(1, 2 ** 15 // dtype.itemsize // (sizes['BLOCK_T'] * sizes['BLOCK_G'])))
+    table = logits.new_empty(B, 4, N, dtype=dtype)
+    launch(statistics_kernels.filter_table_kernel, grid, logits, conv_bias.contiguous(), weight.contiguous(),
+           bias.contiguous(), table, H * W, EPS=s.filter_eps, BLOCK_P=block_p, **sizes, ACC=acc, num_warps=8)
+    return table
+
+
 @functools.lru_cache(maxsize=1024)
 def _shares_of_mixing(B: int, C: int, hidden: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
     """Grid of the kernel that makes the logits of the mix, logits that a program has, and constants.
@@ -105,7 +125,7 @@ def infer_contexts(
         value: Values, (B, C, H, W), like the next two dense in channels-last.
         logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
         static: Static context, (B, C, H, W).
-        filters: What the group norm does to the filters, (B, 4, N), see `filter_table`.
+        filters: What the group norm does to the filters, (B, 4, N), see `infer_filter_table`.
         value_table: Scale and shift of the values, (2, C); None: they are normed.
         table: Scale and shift of what is applied to the local convolution, (2, C), or where values are normed, what is
             added to it, (C).
@@ -172,7 +192,7 @@ def _operator(
     s = ContextsSettings(kernel_size, dilation, groups, num_filters, filter_eps=filter_eps)
     value, logits, static = map(channels_last, (value, logits, static))
     with torch.cuda.device_of(value):
-        filters, _ = filter_table(logits, *filter_parameters, s)
+        filters = infer_filter_table(logits, *filter_parameters, s)
         mixing = Mixing(weight1, bias1, mixing_table, weight2, bias2)
         return infer_contexts(value, logits, static, filters, value_table, table, mixing, s)
 

@@ -9,7 +9,7 @@ from .. import conditions, onednn
 from ..contexts import ContextsSettings
 from ..parts import has_bias, is_plain, why_not_conv
 from ..watch import are_watched
-from .contexts import Mixing, channels_last, compiled_contexts, filter_table, infer_contexts, tap_by_tap
+from .contexts import Mixing, channels_last, compiled_contexts, infer_contexts, infer_filter_table, tap_by_tap
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
 from .norm import norm_act, norm_act_eval
@@ -130,7 +130,7 @@ def _contexts(
     if torch.compiler.is_compiling():
         return compiled_contexts(value, logits, static, filter_parameters, *args)
     value, logits, static = map(channels_last, (value, logits, static))
-    filters, _ = filter_table(logits, *filter_parameters, args[-1])
+    filters = infer_filter_table(logits, *filter_parameters, args[-1])
     return infer_contexts(value, logits, static, filters, *args)
 
 
