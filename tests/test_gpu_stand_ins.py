@@ -184,10 +184,14 @@ def folded_dtype(monkeypatch):
     """The most exact one that cuDNN has fused convolutions for; in the interpreter plain PyTorch stands in for it."""
     if not INTERPRETED:
         return torch.float32
+
+    def add_relu(x, w, z, alpha, b, *args):
+        out = F.conv2d(x, w, b, *args)
+        assert out.shape == z.shape and out.dtype == z.dtype  # nothing is spread or cast
+        return F.relu(out + alpha * z)
+
     monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: F.relu(F.conv2d(x, w, b, *args)))
-    monkeypatch.setattr(
-        torch, 'cudnn_convolution_add_relu',
-        lambda x, w, z, alpha, b, *args: F.relu(F.conv2d(x, w, b, *args) + alpha * z))
+    monkeypatch.setattr(torch, 'cudnn_convolution_add_relu', add_relu)
     return torch.float64
 
 
@@ -214,6 +218,17 @@ def test_infer_bottleneck_in_other_dtypes(downsample, dtype, folded_dtype):
         with torch.autocast(DEVICE, dtype):
             out = infer_bottleneck(block, x)
         assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype] / 4
+
+
+@kernels
+@torch.no_grad()
+def test_infer_bottleneck_with_a_shortcut_that_is_spread(folded_dtype):
+    """What is added in place may have fewer values."""
+    block, x = create_block(CotBottleneck, 'stride', torch.float32)
+    block.eval().downsample[0].stride = 6, 5
+    expected = plain(*exact(block, x))
+    assert error(infer_bottleneck(block, x), expected) < 1e-5
+    assert error(infer_folded_bottleneck(block.fuse(), x), expected) < 1e-5
 
 
 @kernels

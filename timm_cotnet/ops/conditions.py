@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
     cpu = None
 
 KINDS: Dict[type, str] = {}  # what `dispatch.known_as` was told
+_IS_CUDNN_BUILT = torch.version.hip is None and torch.backends.cudnn.is_available()
 _AUTOCAST_ON_CPU = torch._C.DispatchKey.AutocastCPU
 
 
@@ -265,7 +266,7 @@ def _why_not_cudnn(x: Tensor) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def _has_cudnn() -> bool:
-    return torch.version.hip is None and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
+    return _IS_CUDNN_BUILT and torch._C._get_cudnn_enabled()  # `torch.backends.cudnn.enabled`, less what surrounds it
 
 
 def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:

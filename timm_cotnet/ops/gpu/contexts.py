@@ -19,7 +19,6 @@ from ..cot_layer import TrainingParameters
 from .launch import accumulator, image_rows, launch, over_filters, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
-
 _SMALL = 256  # pixels of an image, through which one program walks in little time
 
 
@@ -85,7 +84,8 @@ def infer_filter_table(
         return filter_table(logits, conv_bias, weight, bias, s)[0]
     dtype, acc = accumulator(logits.dtype)
     grid, sizes = _filter_tiles(B, s)
-    block_p = min(32, power_of_2(H * W), max(1, 2 ** 15 // dtype.itemsize // (sizes['BLOCK_T'] * sizes['BLOCK_G'])))
+    fitting = 2 ** (12 if dtype == torch.float64 else 13) // (sizes['BLOCK_T'] * sizes['BLOCK_G'])  # 32 for each thread
+    block_p = max(1, min(32, power_of_2(H * W), fitting))
     table = logits.new_empty(B, 4, N, dtype=dtype)
     launch(statistics_kernels.filter_table_kernel, grid, logits, conv_bias.contiguous(), weight.contiguous(),
            bias.contiguous(), table, H * W, EPS=s.filter_eps, BLOCK_P=block_p, **sizes, ACC=acc, num_warps=8)
@@ -100,8 +100,8 @@ def _shares_of_mixing(B: int, C: int, hidden: int, dtype: torch.dtype) -> Tuple[
     """
     images = 4 if B >= 64 and dtype != torch.float64 else 1
     block_a, groups = power_of_2(hidden), -(-B // images)
-    # 32 products for each of 256 threads
-    block_c = max(16, min(32 if images > 1 else 64, power_of_2(C), 2 ** (14 if dtype == torch.float64 else 15) // (4 * images * block_a)))
+    fitting = 2 ** (12 if dtype == torch.float64 else 13) // (images * block_a)  # 32 products for each thread
+    block_c = max(16, min(32 if images > 1 else 64, power_of_2(C), fitting))
     parts = max(1, min(-(-2 * C // block_c), -(-128 // groups)))
     length = -(-2 * C // (parts * block_c)) * block_c
     return (groups * -(-2 * C // length),), length, dict(
