@@ -90,7 +90,7 @@ def recorded(function):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.jit.JITFunction, 'run', run)
-        patch.setattr(launch, '_compiled', {})
+        patch.setattr(launch, '_kernels', {})
         patch.setattr(conditions, '_has_cudnn', lambda: False)
         with torch.autocast('cpu', torch.bfloat16):
             function()
@@ -201,4 +201,4 @@ def test_kernels_of_a_network_are_few():
     for variant in variants:
         assert_compiles_well(variant, 90)
     assert {v.name for v in variants} >= WIDE - {'dynamic_context_kernel'}
-    assert len(variants) <= 124, Counter(v.name for v in variants)
+    assert len(variants) <= 126, Counter(v.name for v in variants)

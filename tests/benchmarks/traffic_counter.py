@@ -31,7 +31,7 @@ KERNELS = {
     'running_norm_kernel': ('mean var weight bias', 'table'),
     'norm_act_kernel': ('x residual:RESIDUAL table', 'out'),
     'grad_sums_kernel': ('grad x out:RELU table', 'sums'),
-    'batch_norm_backward_kernel': ('sums weight table', 'factors grads'),
+    'batch_norm_backward_kernel': ('sums weight table', 'factors'),
     'norm_backward_kernel': ('grad x out:RELU factors', 'grad_x grad_residual:RESIDUAL'),
     'avg_pool_kernel': ('x', 'out'),
     'fold_layer_kernel': (
@@ -42,6 +42,10 @@ KERNELS = {
         'conv1 mean1 var1 weight1 bias1 conv3 mean3 var3 weight3 bias3 '
         'shortcut:SHORTCUT mean:SHORTCUT var:SHORTCUT weight:SHORTCUT bias:SHORTCUT', 'out'),
     'order_filters_kernel': ('attn', 'out'),
+    'to_matrices_kernel': (
+        'key first attn value tracked', 'tracked key_matrix of_query of_key attn_matrix value_matrix'),
+    'from_matrices_kernel': (
+        'key_matrix of_query of_key attn_matrix value_matrix image_sums', 'key first attn value sums'),
     'filter_norm_kernel': ('moments conv_bias weight bias', 'table means'),
     'filter_table_kernel': ('logits conv_bias weight bias', 'table'),
     'filter_norm_backward_kernel': ('sums weight table means', 'factors grads'),
@@ -54,7 +58,7 @@ KERNELS = {
     'attend_kernel': ('pooled weight1 bias1 table:NORMED weight2 bias2', 'attn'),
     'mix_sums_kernel': ('grad out static table', 'sums'),
     'attn_grad_kernel': ('run_sums attn', 'sums grad_attn'),
-    'mixed_norm_backward_kernel': ('sums attn grad_pooled weight table', 'factors grads'),
+    'mixed_norm_backward_kernel': ('sums attn grad_pooled weight table', 'factors'),
     'mix_backward_kernel': ('grad out attn grad_pooled table factors', 'grad_static grad_out'),
 }
 _KERNEL_KINDS = {
@@ -62,6 +66,7 @@ _KERNEL_KINDS = {
         ('moments_kernel', 'batch_norm_kernel', 'running_norm_kernel', 'norm_act_kernel', 'grad_sums_kernel',
          'batch_norm_backward_kernel', 'norm_backward_kernel'), BATCH_NORM),
     **dict.fromkeys(('filter_norm_kernel', 'filter_table_kernel', 'filter_norm_backward_kernel'), GROUP_NORM),
+    **dict.fromkeys(('to_matrices_kernel', 'from_matrices_kernel'), COPY),
     'avg_pool_kernel': POOL,
     **dict.fromkeys(('fold_layer_kernel', 'fold_block_kernel', 'order_filters_kernel'), COPY),
 }
@@ -296,7 +301,7 @@ def counting(plain: bool = False, autocast: bool = False) -> Iterator[List[Event
         patch(dispatch.conditions, '_has_cudnn', lambda: True)
         table = {} if plain else dispatch._ON_GPU
         patch(dispatch, '_stand_ins', lambda kind, device_type: table.get(kind, ()))  # 'meta' has none
-        for name in ('contexts', 'folding', 'norm', 'pool'):  # each has imported it by its name
+        for name in ('contexts', 'folding', 'matrices', 'norm', 'pool'):  # each has imported it by its name
             patch(importlib.import_module(f'timm_cotnet.ops.gpu.{name}'), 'launch', counter.launch)
         patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these three know nothing of 'meta'
         patch(torch, 'get_autocast_dtype', lambda *_: torch.bfloat16)

@@ -108,6 +108,8 @@ def _is_exporting() -> bool:
 
 def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:
     """grad in dtype and memory as a parameter is: distributed training compares strides, of single elements too."""
+    if grad.dtype == parameter.dtype and grad.stride() == parameter.stride() and grad.shape == parameter.shape:
+        return grad
     if grad.shape == parameter.shape and all(
             n == 1 or step == other for n, step, other in zip(grad.shape, grad.stride(), parameter.stride())):
         return grad.as_strided(parameter.shape, parameter.stride()).to(parameter.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import accumulator, image_rows, launch, over_filters, power_of_2
+from .launch import Walk, accumulator, image_rows, launch, over_filters, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 _SMALL = 256  # pixels of an image, through which one program walks in little time
@@ -36,12 +36,19 @@ def tap_by_tap(x: Tensor, kernel_size: int, groups: int) -> Tensor:
     return x.unflatten(0, (groups, -1, kernel_size ** 2)).transpose(1, 2).flatten(0, 2)
 
 
+def _local_walk(value: Tensor, s: ContextsSettings, all_channels: bool = False) -> Walk:
+    """How the kernels of the local convolution share out its work."""
+    B, C, H, W = value.shape
+    repeats = dict(repeats=None) if all_channels else {}
+    return over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size(), **repeats)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """What a convolution or a product gave, as kernels want it: cuDNN has none in channels-last for float64."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _local(kernel, walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:
+def _local(kernel, walk: Walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:
     """Launch a kernel of the local convolution."""
     _, C, H, W = value.shape
     pixels, length, runs = walk.sizes
@@ -134,7 +141,7 @@ def infer_contexts(
     """
     from . import contexts_kernels as kernels, mixing_kernels
 
-    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    (B, C), walk, (dtype, acc) = value.shape[:2], _local_walk(value, s), accumulator(value.dtype)
     table = table.contiguous()
     dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
@@ -145,6 +152,7 @@ def infer_contexts(
     launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
            pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
            C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
+    walk = image_rows(value, 2)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.sizes,
            C=C, DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
     return dynamic
@@ -218,9 +226,10 @@ def train_forward(
         value: Values before their norm, (B, C, H, W), more than one of each channel, in float64, float32, bfloat16 or
             float16, like the next two.
         logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
-        static: Static context, (B, C, H, W).
+        static: Static context, (B * H * W, C).
         p: Parameters, in any floating dtype.
-        averages: Running statistics of the norms of value, local convolution and mixing, which are updated.
+        averages: Running statistics of the norms of value, local convolution and mixing, which are updated, but for
+            the number of batches of the last one.
         s: Numbers.
     """
     from . import contexts_kernels as kernels, mixing_kernels
@@ -228,23 +237,28 @@ def train_forward(
     (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
     value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
     filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
-    local, moments = torch.empty_like(value), value.new_empty(B, walk.runs, 2, C, dtype=dtype)
-    _local(kernels.local_conv_kernel, walk, value, s, value, logits, value_table, filters, local, moments)
-    table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, walk)
+    local_walk = _local_walk(value, s)
+    local, moments = torch.empty_like(static), value.new_empty(B, local_walk.runs, 2, C, dtype=dtype)
+    _local(kernels.local_conv_kernel, local_walk, value, s, value, logits, value_table, filters, local, moments)
+    table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, local_walk)
     pooled = moments.new_empty(B, walk.runs, C)
     launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
            C=C, **walk.blocks, ACC=acc)
-    attn, *hidden = se_forward(pooled.sum(1).to(p.se_weight1.dtype), p[7:], averages[2], s.se_eps)
+    attn, *hidden = se_forward(_as(pooled.sum(1), p.se_weight1.dtype), p[7:], averages[2], s.se_eps)
     mixed = torch.empty_like(value)
     launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.sizes,
            C=C, DYNAMIC=False, **walk.blocks, ACC=acc)
     return mixed, local, value_table, filters, means, table, attn, *hidden
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype; asks first, which takes less time than the conversion of what has it already."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def se_forward(pooled: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float) -> Tuple[Tensor, ...]:
-    """Logits of the mix, (B, 2 * C), and what the backward needs."""
+    """Logits of the mix, (B, 2 * C), and what the backward needs; the number of batches is counted elsewhere."""
     weight1, bias1, weight, bias, weight2, bias2 = parameters
-    averages.tracked.add_(1)
     x = F.linear(pooled, weight1.flatten(1), bias1)
     hidden, mean, rstd = torch.native_batch_norm(
         x, weight, bias, averages.mean, averages.var, True, averages.momentum, eps)
@@ -264,13 +278,13 @@ def _se_backward(
 ) -> Tuple[Tensor, ...]:
     """Gradients of the pooled contexts and of the parameters."""
     weight1, _, weight, _, weight2, _ = parameters
-    grad = grad.to(weight2.dtype)
-    grad_hidden = torch.ops.aten.threshold_backward(grad @ weight2.flatten(1), hidden, 0)
+    grad = _as(grad, weight2.dtype)
+    grad_hidden = torch.ops.aten.threshold_backward(grad.mm(weight2.flatten(1)), hidden, 0)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad_hidden, x, weight, None, None, mean, rstd, True, eps, (True, True, True))
     return (
-        grad_x @ weight1.flatten(1), (grad_x.t() @ pooled).view_as(weight1), grad_x.sum(0), grad_weight, grad_bias,
-        (grad.t() @ hidden).view_as(weight2), grad.sum(0))
+        grad_x.mm(weight1.flatten(1)), grad_x.t().mm(pooled).view(weight1.shape), grad_x.sum(0), grad_weight, grad_bias,
+        grad.t().mm(hidden).view(weight2.shape), grad.sum(0))
 
 
 def train_backward(
@@ -292,7 +306,10 @@ def train_backward(
         p: TrainingParameters,
         s: ContextsSettings,
 ) -> List[Tensor]:
-    """Gradients of value, logits, static and the parameters."""
+    """Gradients of value, logits and static, of rows, and of the parameters.
+
+    Those of the filters' norm and of the bias that is added to the filters come last, for each image: (B, 3, N).
+    """
     from . import contexts_kernels as kernels, mixing_kernels, rows
 
     (B, C, H, W), N, (dtype, acc) = value.shape, logits.shape[1], accumulator(value.dtype)
@@ -306,25 +323,26 @@ def train_backward(
            C=C, BLOCK_C=64, ACC=acc)
     grad_pooled, *se_grads = _se_backward(grad_attn, pooled, x, hidden, mean, rstd, p[7:], s.se_eps)
 
-    factors, norm_grads = table.new_empty(3, C), table.new_empty(2, C)
+    factors = table.new_empty(5, C)
     launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
-           sums, attn, grad_pooled, p.weight, table, factors, norm_grads, B, H * W,
-           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+           sums, attn, grad_pooled, p.weight, table, factors, B, H * W, C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+    *_, grad_weight, grad_bias = factors.unbind()
     grad_static, grad_local = torch.empty_like(static), torch.empty_like(local)
     launch(mixing_kernels.mix_backward_kernel, walk.grid,
            grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.sizes,
            C=C, **walk.blocks, ACC=acc)
 
-    grad_value, sums = torch.empty_like(value), sums.new_empty(B, walk.runs, 2, C)
-    _local(kernels.value_grad_kernel, walk, value, s,
+    local_walk = _local_walk(value, s)
+    grad_value, sums = torch.empty_like(local), sums.new_empty(B, local_walk.runs, 2, C)
+    _local(kernels.value_grad_kernel, local_walk, value, s,
            grad_local, logits, value, value_table, filters, grad_value, sums)
-    factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, walk, B)
+    factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, local_walk, B)
     launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.sizes,
            C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
-    grad_logits = torch.empty_like(logits)
-    _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
-           value, s, grad_local, value, value_table, grad_logits)
+    grad_logits = logits.new_empty(B * H * W, N)
+    _local(kernels.filter_grad_kernel, _local_walk(value, s, all_channels=True), value, s,
+           grad_local, value, value_table, grad_logits)
     sums = sums.new_empty(B, filter_walk.runs, 2, N)
     launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
            C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
@@ -335,6 +353,4 @@ def train_backward(
     launch(rows.norm_backward_kernel, filter_walk.grid,
            grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.sizes,
            C=N, FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
-    filter_weight, filter_bias, conv_bias = filter_grads.sum(0)
-    return [grad_value, grad_logits, grad_static, *value_grads, conv_bias, filter_weight, filter_bias, *norm_grads,
-            *se_grads]
+    return [grad_value, grad_logits, grad_static, *value_grads, grad_weight, grad_bias, *se_grads, filter_grads]

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .launch import accumulator, launch, power_of_2
+from .matrices import is_dense
 
 _BLOCK_O, _BLOCK_J = 8, 256
-_FEW = 16  # channels of a group, up to which cuDNN takes longer in a half type than without groups
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class LayerFilters(NamedTuple):
@@ -95,7 +94,7 @@ def fold_layer(layer: nn.Module, dtype: torch.dtype) -> LayerFilters:
     se, se_norm, _, _ = parts['se']._modules.values()
     norms = key_norm, first_norm, value_norm, parts['bn'], se_norm
     weight, channels_last = _dense(key.weight)
-    made_groups = 1 if dtype in _HALVES and weight.shape[1] <= _FEW else key.groups
+    made_groups = 1 if is_dense(weight, key.groups, dtype) else key.groups
     plan = _plan_of_layer(
         tuple(weight.shape), key.groups, made_groups, channels_last, first.out_channels, se.out_channels,
         layer.groups, group_norm.num_groups, layer.kernel_size ** 2)

@@ -1,6 +1,10 @@
 """How programs of the Triton kernels share tensors, chosen by shape without timing anything; and their launch."""
+import ctypes
 import functools
-from typing import Any, Dict, NamedTuple, Tuple
+import struct
+import threading
+from operator import or_
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -8,32 +12,128 @@ from torch import Tensor
 PROGRAMS = 1056  # eight for each of an H100's multiprocessors
 THREADS = 128
 VECTOR = 16  # bytes that a thread loads at once
+LINE = 64  # bytes of a pixel beside each other, at least, that threads load at once
+LOADS = 1
 
-_compiled: Dict[tuple, Tuple[Any, tuple]] = {}
+_kernels: Dict[int, Tuple[Any, int, Dict[tuple, 'Repeat']]] = {}
 
 
 def launch(kernel, grid: Tuple[int], *args, **constants) -> None:
-    """`kernel[grid](*args, **constants)`; from the second time on in less than half of the host's time.
+    """`kernel[grid](*args, **constants)`; from the second time on in a small part of the host's time.
 
     Args:
         kernel: A function of `triton.jit`, whose integers are all among its `do_not_specialize`.
         grid: Number of programs.
-        *args: Tensors, then integers.
+        *args: Tensors, as many each time, then integers.
         **constants: Its `constexpr` arguments, and options.
     """
-    dtypes = [a.dtype for a in args if isinstance(a, Tensor)]
-    if any(a.data_ptr() % VECTOR for a in args[:len(dtypes)]):  # these need kernels of their own
+    known = _kernels.get(id(kernel))  # whose hash takes longer than all the rest
+    if known is None:
+        known = _kernels[id(kernel)] = kernel, sum(isinstance(a, Tensor) for a in args), {}
+    _, count, repeats = known
+    tensors = args[:count]
+    pointers = [t.data_ptr() for t in tensors]
+    if functools.reduce(or_, pointers) % VECTOR:  # these need kernels of their own
         kernel[grid](*args, **constants)
         return
-    key = (kernel, args[0].get_device(), *constants.items(), *dtypes)
-    found = _compiled.get(key)
-    if found is not None:
-        compiled, tail = found
-        compiled[(grid[0], 1, 1)](*args, *tail)
+    key = (tensors[0].get_device(), *[t.dtype for t in tensors], *constants, *constants.values())
+    repeat = repeats.get(key)
+    if repeat is not None and repeat(grid, pointers, args):
         return
     compiled = kernel[grid](*args, **constants)
-    if hasattr(compiled, 'packed_metadata') and not _has_old_launcher():  # neither is so in Triton's interpreter
-        _compiled[key] = compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+    if repeat is None:
+        repeat = repeat_of(compiled, kernel, args, constants)
+        if repeat is not None:
+            repeats[key] = repeat
+
+
+Repeat = Callable[[Tuple[int], Sequence[int], Sequence], bool]  # of grid, pointers and all arguments: whether it could
+
+
+def repeat_of(compiled, kernel, args: Sequence, constants: Dict[str, Any]) -> Optional[Repeat]:
+    """What launches again what a kernel was compiled to; None in Triton's interpreter, and with integers of 64 bits."""
+    if not hasattr(compiled, 'packed_metadata'):
+        return None
+    count, metadata = sum(isinstance(a, Tensor) for a in args), compiled.metadata
+    types = [kind for kind in compiled.src.signature.values() if kind != 'constexpr']
+    if [kind[:1] for kind in types] != ['*'] * count + ['i'] * (len(args) - count) or set(types[count:]) - {'i32'}:
+        return None
+    if torch.version.hip is None and getattr(metadata, 'num_ctas', 1) == 1 \
+            and not any(getattr(metadata, name, None) for name in _BEYOND_A_PLAIN_LAUNCH):
+        return _by_the_driver(compiled, tensors=count, integers=len(args) - count, device=args[0].get_device())
+    if _has_old_launcher():
+        return None
+    tail = tuple(constants[p.name] for p in kernel.params if p.is_constexpr)
+
+    def repeat(grid: Tuple[int], pointers: Sequence[int], args: Sequence) -> bool:
+        compiled[(grid[0], 1, 1)](*args, *tail)
+        return True
+    return repeat
+
+
+_BEYOND_A_PLAIN_LAUNCH = (
+    'launch_cooperative_grid', 'launch_pdl', 'global_scratch_size', 'profile_scratch_size', 'instrumentation_mode')
+
+
+def _by_the_driver(compiled, tensors: int, integers: int, device: int) -> Repeat:
+    """A launch by the CUDA driver, which takes the addresses of a kernel's arguments.
+
+    It reads as many as the kernel has. Behind those of its source these may be two pointers to memory for the kernel
+    to work in, of which none is needed.
+    """
+    pack_into = struct.Struct('=' + 'Q' * tensors + 'i4x' * integers + '16x').pack_into
+    start, is_hooked, stream_of = _driver().cuLaunchKernel, _hooks(), torch._C._cuda_getCurrentRawStream
+    function, threads, shared = compiled.function, 32 * compiled.metadata.num_warps, compiled.metadata.shared
+
+    def repeat(grid: Tuple[int], pointers: Sequence[int], args: Sequence) -> bool:
+        try:
+            memory, addresses = _arguments.of_thread
+        except AttributeError:
+            memory, addresses = _arguments.of_thread = _argument_slots()
+        try:
+            pack_into(memory, 0, *pointers, *args[tensors:])
+        except struct.error:  # an integer of 64 bits
+            return False
+        if is_hooked():
+            return False
+        # what fails is launched by Triton, which says why; or makes the device's context that of a new thread
+        return start(function, grid[0], 1, 1, threads, 1, 1, shared, stream_of(device), addresses, None) == 0
+
+    repeat.compiled = compiled  # which would take its function with it
+    return repeat
+
+
+_arguments = threading.local()  # of the launch that a thread is at: a backward runs in another one
+_SLOTS = 64
+
+
+def _argument_slots() -> Tuple[ctypes.Array, ctypes.Array]:
+    """Memory for the arguments of a launch, eight bytes each, and the addresses of these."""
+    memory = (ctypes.c_uint64 * _SLOTS)()
+    first = ctypes.addressof(memory)
+    return memory, (ctypes.c_void_p * _SLOTS)(*range(first, first + 8 * _SLOTS, 8))
+
+
+@functools.lru_cache(maxsize=None)
+def _driver() -> ctypes.CDLL:
+    library, number = ctypes.CDLL('libcuda.so.1'), ctypes.c_uint
+    library.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p, *[number] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    library.cuLaunchKernel.restype = ctypes.c_int
+    return library
+
+
+def _hooks() -> Callable[[], bool]:
+    """Whether something wants to know of each launch, as profilers do."""
+    import triton
+
+    knobs = getattr(triton, 'knobs', None)  # of Triton 3.4 and later
+    holder = triton.compiler.CompiledKernel if knobs is None else knobs.runtime
+
+    def is_hooked() -> bool:
+        enter, leave = holder.launch_enter_hook, holder.launch_exit_hook
+        return bool(getattr(enter, 'calls', enter)) or bool(getattr(leave, 'calls', leave))
+    return is_hooked
 
 
 @functools.lru_cache(maxsize=None)
@@ -80,14 +180,24 @@ def over_rows(images: int, pixels: int, channels: int, itemsize: int, loads: int
 
 
 @functools.lru_cache(maxsize=4096)
-def over_filters(images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int) -> Walk:
-    """For the gradient of filters, whose programs have all channels of BLOCK_G filters."""
-    block_g = min(power_of_2(filters // groups), 64)
-    block_m = max(1, power_of_2(channels // filters) // 2)
-    block_p = max(1, min(2 * 32 * VECTOR // itemsize // (block_g * block_m), power_of_2(pixels)))
-    tiles = groups * -(-(filters // groups) // block_g)
-    # one warp, as several would have to wait for each other at every tap
-    return _walk(images, pixels, tiles, block_p, 4 * PROGRAMS, BLOCK_G=block_g, BLOCK_M=block_m, num_warps=1)
+def over_filters(
+        images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int, repeats: int = 4) -> Walk:
+    """For kernels of the local convolution, which share out filters, and with each the channels that it is for.
+
+    A thread has one vector of filters for up to `repeats` vectors of channels; None: for all of them.
+    """
+    filters //= groups
+    shared_by = channels // groups // filters
+    block_g = min(power_of_2(filters), 128 // itemsize)
+    block_l = max(1, min(power_of_2(shared_by), LINE // itemsize // block_g))
+    block_m = power_of_2(-(-shared_by // block_l))
+    block_m = min(block_m, repeats or block_m)
+    tiles = groups * -(-filters // block_g) * -(-shared_by // (block_m * block_l))
+    vectors = THREADS * VECTOR // itemsize
+    block_p = max(1, min(LOADS * vectors // (block_g * block_l), power_of_2(pixels)))
+    fold = max(1, block_p * block_g * block_l // vectors)
+    return _walk(
+        images, pixels, tiles, block_p, BLOCK_M=block_m, BLOCK_L=block_l, BLOCK_G=block_g, FOLD=fold)
 
 
 def accumulator(dtype: torch.dtype):

@@ -167,7 +167,7 @@ def attn_grad_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mixed_norm_backward_kernel(
-        sums_ptr, attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, grads_ptr, B, P,
+        sums_ptr, attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P,
         C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """`store_backward_factors` of the norm behind the local convolution, from sums (B, 4, C) of `attn_grad_kernel`."""
@@ -184,7 +184,7 @@ def mixed_norm_backward_kernel(
         products += of_dynamic * load(sums_ptr, 4 * r + 2, 4 * B, c, C, ACC)
         products += pool_grad * load(sums_ptr, 4 * r + 3, 4 * B, c, C, ACC)
     store_backward_factors(
-        factors_ptr, grads_ptr, weight_ptr, table_ptr, tl.sum(total, 0), tl.sum(products, 0),
+        factors_ptr, weight_ptr, table_ptr, tl.sum(total, 0), tl.sum(products, 0),
         B.to(ACC) * P.to(ACC), c, C, ACC)
 
 

@@ -1,5 +1,5 @@
 """Batch norm in training with what follows it in the same pass, in Triton: a sum with a residual, ReLU."""
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,8 @@ def norm_backward(
         weight: Tensor,
         table: Tensor,
         with_residual: bool = False,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual (grad unless they differ), and of weight and bias, (2, C); all dense.
+) -> Tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Gradients of x, of the residual (grad unless they differ), and of weight and bias; all dense.
 
     out is what ReLU put out; None: there is none.
     """
@@ -152,16 +152,16 @@ def table_of_moments(
 
 
 def batch_norm_backward(
-        sums: Tensor, weight: Tensor, table: Tensor, walk: Walk, images: int = 1) -> Tuple[Tensor, Tensor]:
-    """What makes the gradient of x, (3, C), and the gradients of weight and bias, (2, C)."""
+        sums: Tensor, weight: Tensor, table: Tensor, walk: Walk, images: int = 1) -> Tuple[Tensor, Sequence[Tensor]]:
+    """What makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
     from . import rows
 
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
-    factors, grads = table.new_empty(3, C), table.new_empty(2, C)
+    factors = table.new_empty(5, C)
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
-           sums, weight, table, factors, grads, images, walk.sizes[0], images * walk.runs,
+           sums, weight, table, factors, images, walk.sizes[0], images * walk.runs,
            C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    return factors, grads
+    return factors, factors.unbind()[3:]
 
 
 def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, weight: Tensor, bias: Tensor):

@@ -192,25 +192,22 @@ def grad_sums_kernel(
 
 @triton.jit
 def store_backward_factors(
-        factors_ptr, grads_ptr, weight_ptr, table_ptr, grad_bias, grad_weight, count, c, C: tl.constexpr,
-        ACC: tl.constexpr):
-    """What turns the gradient of a norm's output into that of its input, grad * f0 + x * f1 + f2, as (3, C).
-
-    And the gradients of its weight and bias, as (2, C).
-    """
+        factors_ptr, weight_ptr, table_ptr, grad_bias, grad_weight, count, c, C: tl.constexpr, ACC: tl.constexpr):
+    """What turns the gradient of a norm's output into that of its input, grad * f0 + x * f1 + f2, and behind that the
+    gradients of its weight and bias: (5, C)."""
     x_scale, x_shift = row(table_ptr + 2 * C, c, C, ACC), row(table_ptr + 3 * C, c, C, ACC)
     of_grad = x_scale * row(weight_ptr, c, C, ACC)
     of_x = -of_grad * grad_weight / count
     store_row(factors_ptr, of_grad, c, C)
     store_row(factors_ptr + C, of_x * x_scale, c, C)
     store_row(factors_ptr + 2 * C, of_x * x_shift - of_grad * grad_bias / count, c, C)
-    store_row(grads_ptr, grad_weight, c, C)
-    store_row(grads_ptr + C, grad_bias, c, C)
+    store_row(factors_ptr + 3 * C, grad_weight, c, C)
+    store_row(factors_ptr + 4 * C, grad_bias, c, C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def batch_norm_backward_kernel(
-        sums_ptr, weight_ptr, table_ptr, factors_ptr, grads_ptr, B, P, ROWS,
+        sums_ptr, weight_ptr, table_ptr, factors_ptr, B, P, ROWS,
         C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """`store_backward_factors` from sums of all rows, (ROWS, 2, C), those of `grad_sums_kernel`."""
@@ -222,7 +219,7 @@ def batch_norm_backward_kernel(
         total += load(sums_ptr, 2 * r, 2 * ROWS, c, C, ACC)
         products += load(sums_ptr, 2 * r + 1, 2 * ROWS, c, C, ACC)
     store_backward_factors(
-        factors_ptr, grads_ptr, weight_ptr, table_ptr, tl.sum(total, 0), tl.sum(products, 0),
+        factors_ptr, weight_ptr, table_ptr, tl.sum(total, 0), tl.sum(products, 0),
         B.to(ACC) * P.to(ACC), c, C, ACC)
 
 
