@@ -15,6 +15,7 @@ from triton_helpers import (
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
+from timm_cotnet.ops.gpu import contexts
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
@@ -183,10 +184,14 @@ def folded_dtype(monkeypatch):
     """The most exact one that cuDNN has fused convolutions for; in the interpreter plain PyTorch stands in for it."""
     if not INTERPRETED:
         return torch.float32
+
+    def add_relu(x, w, z, alpha, b, *args):
+        out = F.conv2d(x, w, b, *args)
+        assert out.shape == z.shape and out.dtype == z.dtype  # nothing is spread or cast
+        return F.relu(out + alpha * z)
+
     monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: F.relu(F.conv2d(x, w, b, *args)))
-    monkeypatch.setattr(
-        torch, 'cudnn_convolution_add_relu',
-        lambda x, w, z, alpha, b, *args: F.relu(F.conv2d(x, w, b, *args) + alpha * z))
+    monkeypatch.setattr(torch, 'cudnn_convolution_add_relu', add_relu)
     return torch.float64
 
 
@@ -217,6 +222,17 @@ def test_infer_bottleneck_in_other_dtypes(downsample, dtype, folded_dtype):
 
 @kernels
 @torch.no_grad()
+def test_infer_bottleneck_with_a_shortcut_that_is_spread(folded_dtype):
+    """What is added in place may have fewer values."""
+    block, x = create_block(CotBottleneck, 'stride', torch.float32)
+    block.eval().downsample[0].stride = 6, 5
+    expected = plain(*exact(block, x))
+    assert error(infer_bottleneck(block, x), expected) < 1e-5
+    assert error(infer_folded_bottleneck(block.fuse(), x), expected) < 1e-5
+
+
+@kernels
+@torch.no_grad()
 def test_infer_bottleneck_whose_norms_do_not_fold():
     for change in (lambda block: block.downsample[2].register_forward_hook(lambda *args: None),
                    lambda block: setattr(block.downsample, '2', nn.BatchNorm2d(64, affine=False).double()),
@@ -237,6 +253,32 @@ def test_infer_cot_layer(tag, memory_format):
     out = infer_cot_layer(layer, x)
     assert error(out, expected) < 1e-9 and out.is_contiguous(memory_format=memory_format)
     assert error(infer_cot_layer(layer, x[:1]), expected[:1]) < 1e-9
+
+
+@kernels
+@pytest.mark.parametrize('mean', [0, 1000])
+@pytest.mark.parametrize('kernel_size, groups, filters', [(3, 1, 4), (5, 2, 6), (1, 1, 20)])
+def test_norm_of_filters_of_small_images(kernel_size, groups, filters, mean, monkeypatch):
+    """One launch gives what several do."""
+    N = filters * kernel_size ** 2
+    logits = mean + image(2, N, 7, 6, torch.channels_last, torch.float64).to(DEVICE)
+    parameters = [image(1, N, 1, 1, seed=i, dtype=torch.float64).to(DEVICE).flatten() for i in range(3)]
+    s = contexts.ContextsSettings(kernel_size, 1, groups, filters)
+    got = contexts.infer_filter_table(logits, *parameters, s)[:, :2]
+    torch.testing.assert_close(got, contexts.filter_table(logits, *parameters, s)[0][:, :2], rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(contexts, '_SMALL', 7 * 6 - 1)
+    assert contexts.infer_filter_table(logits, *parameters, s)[:, :2].equal(
+        contexts.filter_table(logits, *parameters, s)[0][:, :2])
+
+
+@kernels
+@torch.no_grad()
+def test_infer_many_images(folded_dtype, B=67):
+    """So many that several share a program that mixes; not all programs have as many."""
+    layer, x = create('cot24', torch.float32)
+    x = x[:1, :, :2, :2] * torch.arange(1, B + 1).view(-1, 1, 1, 1).to(x) / B
+    out = infer_cot_layer(layer.eval(), x.contiguous(memory_format=torch.channels_last))
+    assert error(out, plain(*exact(layer, x))) < 1e-5
 
 
 @kernels

@@ -47,6 +47,7 @@ KERNELS = {
     'from_matrices_kernel': (
         'key_matrix of_query of_key attn_matrix value_matrix image_sums', 'key first attn value sums'),
     'filter_norm_kernel': ('moments conv_bias weight bias', 'table means'),
+    'filter_table_kernel': ('logits conv_bias weight bias', 'table'),
     'filter_norm_backward_kernel': ('sums weight table means', 'factors grads'),
     'local_conv_kernel': ('value logits value_table filter_table', 'out moments'),
     'dynamic_context_kernel': ('value logits static value_table:NORMED filter_table table', 'out pooled'),
@@ -68,7 +69,7 @@ _KERNEL_KINDS = {
     **dict.fromkeys(
         ('moments_kernel', 'batch_norm_kernel', 'running_norm_kernel', 'norm_act_kernel', 'grad_sums_kernel',
          'batch_norm_backward_kernel', 'norm_backward_kernel'), BATCH_NORM),
-    **dict.fromkeys(('filter_norm_kernel', 'filter_norm_backward_kernel'), GROUP_NORM),
+    **dict.fromkeys(('filter_norm_kernel', 'filter_table_kernel', 'filter_norm_backward_kernel'), GROUP_NORM),
     **dict.fromkeys(('to_matrices_kernel', 'from_matrices_kernel'), COPY),
     'avg_pool_kernel': POOL,
     **dict.fromkeys(('fold_layer_kernel', 'fold_block_kernel', 'order_filters_kernel'), COPY),

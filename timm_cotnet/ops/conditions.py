@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
     cpu = None
 
 KINDS: Dict[type, str] = {}  # what `dispatch.known_as` was told
+_IS_CUDNN_BUILT = torch.version.hip is None and torch.backends.cudnn.is_available()
 _AUTOCAST_ON_CPU = torch._C.DispatchKey.AutocastCPU
 
 
@@ -207,7 +208,7 @@ def why_not_infer_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
     if isinstance(m, str):
         return m
     for path in ('key_embed.1', 'embed.1', 'conv1x1.1', 'bn', 'se.1'):
-        reason = _why_not_eval_norm(m[path], x)
+        reason = why_not_eval_norm(m[path], x, found=True)
         if reason is not None:
             return reason
     return (
@@ -215,19 +216,22 @@ def why_not_infer_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
         or _why_not_32_bits(x, m['embed.3'].out_channels))
 
 
-def _why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor) -> Optional[str]:
-    if norm.training or not norm.affine or norm._buffers.get('running_mean') is None \
-            or norm._buffers.get('running_var') is None:
+def why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor, found: bool = False) -> Optional[str]:
+    """found: whether its parameters are known to be plain."""
+    buffers = norm._buffers
+    if norm.training or not norm.affine or buffers.get('running_mean') is None or buffers.get('running_var') is None:
         return 'a batch norm does not use running statistics, or has no weight'
-    return _why_not_norm(norm, x, any_float=True)
+    return _why_not_norm(norm, x, any_float=True, found=found)
 
 
-def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool) -> Optional[str]:
+def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool, found: bool = False) -> Optional[str]:
     parameters, buffers, size = norm._parameters, norm._buffers, (norm.num_features,)
-    for t in (parameters.get('weight'), parameters.get('bias'),
-              buffers.get('running_mean'), buffers.get('running_var')):
-        if not is_plain(t, x, any_float) or t.shape != size or not t.is_contiguous():
-            return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
+    for tensors, names in ((parameters, ('weight', 'bias')), (buffers, ('running_mean', 'running_var'))):
+        for name in names:
+            t = tensors.get(name)
+            if t is None or not (found and tensors is parameters or is_plain(t, x, any_float)) \
+                    or t.shape != size or not t.is_contiguous():
+                return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
     return None
 
 
@@ -238,7 +242,7 @@ def why_not_infer_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str
     m = _find_bottleneck(block, x, any_float=True)
     if isinstance(m, str):
         return m
-    return _why_not_eval_norm(m['bn1'], x) or _why_not_eval_norm(m['bn3'], x) \
+    return why_not_eval_norm(m['bn1'], x, found=True) or why_not_eval_norm(m['bn3'], x, found=True) \
         or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
 
 
@@ -262,7 +266,7 @@ def _why_not_cudnn(x: Tensor) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def _has_cudnn() -> bool:
-    return torch.version.hip is None and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
+    return _IS_CUDNN_BUILT and torch._C._get_cudnn_enabled()  # `torch.backends.cudnn.enabled`, less what surrounds it
 
 
 def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:

@@ -8,6 +8,7 @@ from .watch import are_all_watched, is_patched
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSORS = (nn.Parameter, Tensor)
+_STRIDED = torch.strided
 _CONV = nn.Conv2d
 _WEIGHTED = (nn.BatchNorm2d, nn.GroupNorm)
 Found = Union[str, Dict[str, nn.Module]]  # the parts of a module by their paths, or why a stand-in cannot take it
@@ -81,7 +82,9 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
     # the parts of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
     if are_all_watched() or is_patched(module):
         return 'hooks watch all modules, or a method of all or of this one is another one'
-    found, by_path = [module], {}
+    found, paths = [module], []
+    if like is not None:
+        dtype, device, is_cpu = like.dtype, like.device, like.is_cpu
     for parent, name, path, kind, size in parts:
         child = found[parent]._modules.get(name)
         if type(child) is not kind:
@@ -90,22 +93,27 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
         if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks'] \
                 or 'forward' in own or '_conv_forward' in own:
             return f'hooks watch {path}, or its forward is another one'
+        found.append(child)
+        paths.append(path)
+        if size:
+            if len(own['_modules']) != size:
+                return f'{path} is not a sequence of {size} modules'
+            continue
         parameters = own['_parameters']
         if kind is _CONV:
             reason = why_not_conv(own, parameters)
             if reason is not None:
                 return f'{path} {reason}'
-        elif size and len(own['_modules']) != size:
-            return f'{path} is not a sequence of {size} modules'
         elif kind in _WEIGHTED and 'weight' not in parameters:
             return f'{path} {_COMPUTED}'
         if parameters and like is not None:
-            for parameter in parameters.values():
-                if parameter is not None and not is_plain(parameter, like, any_float):
-                    return f'{path} has a parameter that is not a plain {like.dtype} tensor on {like.device.type}'
-        found.append(child)
-        by_path[path] = child
-    return by_path
+            for tensor in parameters.values():  # as by `is_plain`, without its call for each
+                if tensor is not None and not (
+                        type(tensor) in _TENSORS and tensor.layout is _STRIDED
+                        and (tensor.dtype is dtype or any_float and tensor.dtype in FLOATS)
+                        and (tensor.is_cpu if is_cpu else tensor.device == device)):
+                    return f'{path} has a parameter that is not a plain {dtype} tensor on {device.type}'
+    return dict(zip(paths, found[1:]))
 
 
 _COMPUTED = 'has a weight that is computed whenever it is read'

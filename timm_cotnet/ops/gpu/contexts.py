@@ -6,7 +6,8 @@ where autograd would keep six tensors more.
 
 Filters lie tap by tap, as `contexts_kernels.py` says; `tap_by_tap` brings those of a convolution into that order.
 """
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+import functools
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import Walk, accumulator, image_rows, launch, over_filters, power_of_2
+from .launch import Walk, accumulator, image_rows, launch, over_filters, over_halves, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
+
+_SMALL = 256  # pixels of an image, through which one program walks in little time
 
 
 class Mixing(NamedTuple):
@@ -33,11 +36,10 @@ def tap_by_tap(x: Tensor, kernel_size: int, groups: int) -> Tensor:
     return x.unflatten(0, (groups, -1, kernel_size ** 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _local_walk(value: Tensor, s: ContextsSettings, all_channels: bool = False) -> Walk:
+def _local_walk(value: Tensor, s: ContextsSettings) -> Walk:
     """How the kernels of the local convolution share out its work."""
     B, C, H, W = value.shape
-    repeats = dict(repeats=None) if all_channels else {}
-    return over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size(), **repeats)
+    return over_halves(B, H * W, C, s.num_filters, s.groups, value.element_size())
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -78,6 +80,41 @@ def filter_table(
     return table, means
 
 
+def infer_filter_table(
+        logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tensor:
+    """The first result of `filter_table`; of small images, which one launch can do, only its first two rows."""
+    from . import statistics_kernels
+
+    B, N, H, W = logits.shape
+    if H * W > _SMALL:
+        return filter_table(logits, conv_bias, weight, bias, s)[0]
+    dtype, acc = accumulator(logits.dtype)
+    grid, sizes = _filter_tiles(B, s)
+    fitting = 2 ** (12 if dtype == torch.float64 else 13) // (sizes['BLOCK_T'] * sizes['BLOCK_G'])  # 32 for each thread
+    block_p = max(1, min(32, power_of_2(H * W), fitting))
+    table = logits.new_empty(B, 4, N, dtype=dtype)
+    launch(statistics_kernels.filter_table_kernel, grid, logits, conv_bias.contiguous(), weight.contiguous(),
+           bias.contiguous(), table, H * W, EPS=s.filter_eps, BLOCK_P=block_p, **sizes, ACC=acc, num_warps=8)
+    return table
+
+
+@functools.lru_cache(maxsize=1024)
+def _shares_of_mixing(B: int, C: int, hidden: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
+    """Grid of the kernel that makes the logits of the mix, logits that a program has, and constants.
+
+    Images that share a program share its weights, and few of them leave some logits to other programs.
+    """
+    images = 4 if B >= 64 and dtype != torch.float64 else 1
+    block_a, groups = power_of_2(hidden), -(-B // images)
+    fitting = 2 ** (12 if dtype == torch.float64 else 13) // (images * block_a)  # 32 products for each thread
+    block_c = max(16, min(32 if images > 1 else 64, power_of_2(C), fitting))
+    parts = max(1, min(-(-2 * C // block_c), -(-128 // groups)))
+    length = -(-2 * C // (parts * block_c)) * block_c
+    return (groups * -(-2 * C // length),), length, dict(
+        A=hidden, IMAGES=images, BLOCK_A=block_a, BLOCK_C=block_c,
+        UNROLLED=min(4, power_of_2(-(-C // block_c))), num_warps=8)
+
+
 def infer_contexts(
         value: Tensor,
         logits: Tensor,
@@ -94,7 +131,7 @@ def infer_contexts(
         value: Values, (B, C, H, W), like the next two dense in channels-last.
         logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
         static: Static context, (B, C, H, W).
-        filters: What the group norm does to the filters, (B, 4, N), see `filter_table`.
+        filters: What the group norm does to the filters, (B, 4, N), see `infer_filter_table`.
         value_table: Scale and shift of the values, (2, C); None: they are normed.
         table: Scale and shift of what is applied to the local convolution, (2, C), or where values are normed, what is
             added to it, (C).
@@ -109,15 +146,15 @@ def infer_contexts(
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
            NORMED=value_table is not None)
-    attn, hidden = pooled.new_empty(B, 2 * C), mixing.bias1.shape[0]
+    attn, (grid, length, sizes) = pooled.new_empty(B, 2 * C), _shares_of_mixing(B, C, mixing.bias1.shape[0], dtype)
     mixing = Mixing(*(t if t is None else t.contiguous() for t in mixing))
-    launch(mixing_kernels.attend_kernel, (B,), pooled, mixing.weight1, mixing.bias1,
-           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, walk.runs,
-           C=C, A=hidden, NORMED=mixing.table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
-    mixed, walk = torch.empty_like(value), image_rows(value, 2)
-    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, mixed, *walk.sizes,
-           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)
-    return mixed
+    launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
+           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
+           C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
+    walk = image_rows(value, 2)
+    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.sizes,
+           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
+    return dynamic
 
 
 def compiled_contexts(
@@ -162,7 +199,7 @@ def _operator(
     s = ContextsSettings(kernel_size, dilation, groups, num_filters, filter_eps=filter_eps)
     value, logits, static = map(channels_last, (value, logits, static))
     with torch.cuda.device_of(value):
-        filters, _ = filter_table(logits, *filter_parameters, s)
+        filters = infer_filter_table(logits, *filter_parameters, s)
         mixing = Mixing(weight1, bias1, mixing_table, weight2, bias2)
         return infer_contexts(value, logits, static, filters, value_table, table, mixing, s)
 
@@ -314,8 +351,8 @@ def train_backward(
            C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
     grad_logits = logits.new_empty(B * H * W, N)
-    _local(kernels.filter_grad_kernel, _local_walk(value, s, all_channels=True), value, s,
-           grad_local, value, value_table, grad_logits)
+    _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
+           value, s, grad_local, value, value_table, grad_logits)
     sums = sums.new_empty(B, filter_walk.runs, 2, N)
     launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
            C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)

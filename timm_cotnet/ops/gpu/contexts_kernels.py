@@ -8,7 +8,7 @@ c % GS. A program walks through its pixels in order, so that the rows above and 
 import triton
 import triton.language as tl
 
-from .rows import COUNTS, sigmoid
+from .rows import COUNTS, fold, load, row, sigmoid, store, store_moments, store_row
 
 
 # Norm of the filters
@@ -103,213 +103,205 @@ def filter_norm_backward_kernel(
     tl.store(grads_ptr + 2 * N + own, (total * weight - P * (mean_grad + mean * mean_product)) * x_scale, mask=inside)
 
 
-import os
-ONE_BY_ONE = tl.constexpr(os.environ.get('ONE') == '1')
 # Local convolution
 
 
 @triton.jit
-def place_filters(
-        P, LENGTH, RUNS,
-        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
+def place_halves(
+        P, LENGTH, RUNS, C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr,
+        HALF: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """This program's run, its image (in 64 bits), first pixel and end, its channels, whether there are such, the
-    filter values of their first tap, and whether there are such.
+    """This program's run, its image (in 64 bits), first pixel and end, its channels, and the filter values of their
+    first tap; channels that are none are C.
 
-    The axes are (m, pixel, l, g): channel `(m * BLOCK_L + l) * GS + g` of a slice uses filter g. All m lie in one
-    thread, which loads and norms a filter once for them; l in neighbours, as far as that fills a line of memory.
+    It has BLOCK_C channels of the first HALF of a slice and as many of the second, which use the same filters: HALF is
+    a multiple of GS. So a thread loads and norms a filter once for two channels.
     """
     CS: tl.constexpr = C // GROUPS
-    TILES_M: tl.constexpr = (CS // GS + BLOCK_M * BLOCK_L - 1) // (BLOCK_M * BLOCK_L)
-    TILES_G: tl.constexpr = (GS + BLOCK_G - 1) // BLOCK_G
+    TILES: tl.constexpr = (HALF + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    g = pid % TILES_G * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, None, :]
-    m = pid // TILES_G % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None, None]
-    l = tl.arange(0, BLOCK_L)[None, None, :, None]
-    s = pid // (TILES_G * TILES_M) % GROUPS
-    run = pid // (TILES_G * TILES_M * GROUPS)
+    w = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = pid // TILES % GROUPS
+    run = pid // (TILES * GROUPS)
     first = run % RUNS * LENGTH
-    m = m * BLOCK_L + l
-    return (run.to(tl.int64), (run // RUNS).to(tl.int64), first, tl.minimum(first + LENGTH, P),
-            s * CS + m * GS + g, (m < CS // GS) & (g < GS), s * (K * K * GS) + g, g < GS)
+    c = tl.where(w < HALF, s * CS + w, C) if HALF % BLOCK_C else s * CS + w
+    other = tl.where((w < HALF) & (w < CS - HALF), s * CS + HALF + w, C) if HALF % BLOCK_C or CS != 2 * HALF \
+        else s * CS + HALF + w
+    return (run.to(tl.int64), (run // RUNS).to(tl.int64), first, tl.minimum(first + LENGTH, P), c, other,
+            s * (K * K * GS) + w % GS)
 
 
 @triton.jit
-def of_channels(ptr, c, in_channels, p, ACC: tl.constexpr):
-    """A number for each channel, for all pixels p, whose threads load it rather than pass it around."""
-    c += tl.zeros(p.shape, tl.int32)
-    return tl.load(ptr + c, mask=in_channels & (c >= 0), other=0).to(ACC)
-
-
-@triton.jit
-def of_pixels(ptr, p, end, c, in_channels, C: tl.constexpr, ACC: tl.constexpr):
-    """Channels of pixels; zero where there are none."""
-    return tl.load(ptr + (p * C + c), mask=(p < end) & in_channels, other=0).to(ACC)
-
-
-@triton.jit
-def store_pixels(ptr, x, p, end, c, in_channels, C: tl.constexpr):
-    tl.store(ptr + (p * C + c), x.to(ptr.dtype.element_ty), mask=(p < end) & in_channels)
-
-
-@triton.jit
-def fold_pixels(x, FOLD: tl.constexpr):
-    """Sums of the pixels that lie in one thread."""
-    if FOLD == 1:
-        return x
-    return tl.sum(tl.reshape(x, (x.shape[0], FOLD, x.shape[1] // FOLD, x.shape[2], x.shape[3])), 1)
-
-
-@triton.jit
-def weighted_sum(
-        x_ptr, logits_ptr, filter_table_ptr, p, end, c, in_channels, n, in_filters, H, W, DILATION,
-        C: tl.constexpr, N: tl.constexpr, GS: tl.constexpr, K: tl.constexpr, BLOCK_L: tl.constexpr,
-        ADJOINT: tl.constexpr, ACC: tl.constexpr,
+def weighted_sums(
+        x_ptr, logits_ptr, filter_table_ptr, p, end, c, other, n, H, W, DILATION,
+        C: tl.constexpr, N: tl.constexpr, GS: tl.constexpr, K: tl.constexpr, ADJOINT: tl.constexpr,
+        ACC: tl.constexpr,
 ):
-    """Local convolution at the pixels p by normed filters, and the sums of the filters over the taps in the image.
+    """Local convolution at the pixels p by normed filters, for channels c and others, and the sums of the filters over
+    the taps that lie in the image.
 
     With ADJOINT its transpose, which maps the gradient of the output to that of the input: it scatters where the
-    convolution gathers, so what reaches a pixel comes from the other side, by the filters there.
+    convolution gathers, so what reaches a pixel comes from the other side, by the filters there. There are no sums.
     """
     h, w = p // W, p % W
-    n += tl.zeros((1, 1, BLOCK_L, 1), tl.int32)  # neighbours load a filter as one access, rather than pass it around
-    in_filters = in_filters & (n >= 0)
-    acc = tl.zeros((c + p).shape, ACC)
-    total = tl.zeros((n + p).shape, ACC)
-    UNROLL: tl.constexpr = 1 if ONE_BY_ONE else K
-    for i in range(K * K // UNROLL):
-        for j in tl.static_range(UNROLL):
-            t = i * UNROLL + j
-            down, right = (t // K - K // 2) * DILATION, (t % K - K // 2) * DILATION
+    acc = tl.zeros((p.shape[0], c.shape[0]), ACC)
+    others = tl.zeros((p.shape[0], c.shape[0]), ACC)
+    total = tl.zeros((p.shape[0], c.shape[0]), ACC)
+    for i in range(K):
+        for j in tl.static_range(K):
+            down, right = (i - K // 2) * DILATION, (j - K // 2) * DILATION
             if ADJOINT:
                 down, right = -down, -right
             inside = (p < end) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
-            q = p + (down * W + right)
-            x = tl.load(x_ptr + (q * C + c), mask=inside & in_channels, other=0)
-            tap = n + t * GS
-            filters = tl.load(logits_ptr + ((q if ADJOINT else p) * N + tap), mask=inside & in_filters, other=0)
-            scale = tl.load(filter_table_ptr + tap, mask=in_filters, other=0)
-            filters = filters.to(ACC) * scale + tl.load(filter_table_ptr + N + tap, mask=in_filters, other=0)
+            q = p + down * W + right
+            tap = n + (i * K + j) * GS
+            at = q if ADJOINT else p
+            filters = tl.load(logits_ptr + at[:, None] * N + tap[None, :], mask=inside[:, None], other=0).to(ACC)
+            filters = filters * tl.load(filter_table_ptr + tap)[None, :] + tl.load(filter_table_ptr + N + tap)[None, :]
+            x = tl.load(x_ptr + q[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0)
             acc += x.to(ACC) * filters
+            x = tl.load(x_ptr + q[:, None] * C + other[None, :], mask=inside[:, None] & (other < C)[None, :], other=0)
+            others += x.to(ACC) * filters
             if not ADJOINT:
-                total += tl.where(inside, filters, 0)
-    return acc, total
+                total += tl.where(inside[:, None], filters, 0)
+    return acc, others, total
+
+
+@triton.jit
+def spread(ptr, p, c, C: tl.constexpr, ACC: tl.constexpr):
+    """A number for each channel, loaded by the threads of all pixels: cheaper than to pass it around, or to keep it."""
+    return tl.load(ptr + (0 * p[:, None] + c[None, :]), mask=(p >= 0)[:, None] & (c < C)[None, :], other=0).to(ACC)
+
+
+@triton.jit
+def normed(out, filters, table_ptr, p, c, C: tl.constexpr, ACC: tl.constexpr):
+    """The local convolution of values whose norm table has: what its shift adds is the same for all of a filter."""
+    return out * spread(table_ptr, p, c, C, ACC) + filters * spread(table_ptr + C, p, c, C, ACC)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def local_conv_kernel(
         value_ptr, logits_ptr, value_table_ptr, filter_table_ptr, out_ptr, moments_ptr,
         P, H, W, LENGTH, RUNS, DILATION,
-        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
-        FOLD: tl.constexpr, ACC: tl.constexpr,
+        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Local convolution with the norms of values and filters, and the moments of its output."""
     N: tl.constexpr = GROUPS * GS * K * K
-    run, b, first, end, c, in_channels, n, in_filters = place_filters(
-        P, LENGTH, RUNS, C, GROUPS, GS, K, BLOCK_M, BLOCK_L, BLOCK_G)
+    run, b, first, end, c, other, n = place_halves(P, LENGTH, RUNS, C, GROUPS, GS, K, HALF, BLOCK_C)
     value_ptr += b * P * C
     out_ptr += b * P * C
     logits_ptr += b * P * N
     filter_table_ptr += b * (4 * N)
-    center = tl.zeros((BLOCK_M, 1, BLOCK_L, BLOCK_G), value_ptr.dtype.element_ty)
-    total = tl.zeros((BLOCK_M, BLOCK_P // FOLD, BLOCK_L, BLOCK_G), ACC)
-    squares = tl.zeros((BLOCK_M, BLOCK_P // FOLD, BLOCK_L, BLOCK_G), ACC)
+    center = tl.zeros((BLOCK_C,), ACC)
+    center1 = tl.zeros((BLOCK_C,), ACC)
+    total = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    total1 = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    squares = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    squares1 = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
     for start in range(first, end, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)[None, :, None, None]
-        out, filters = weighted_sum(
-            value_ptr, logits_ptr, filter_table_ptr, p, end, c, in_channels, n, in_filters,
-            H, W, DILATION, C, N, GS, K, BLOCK_L, False, ACC)
-        # the norm of the values: what its shift adds is the same for all channels of a filter
-        out = out * of_channels(value_table_ptr, c, in_channels, p, ACC) \
-            + filters * of_channels(value_table_ptr + C, c, in_channels, p, ACC)
-        store_pixels(out_ptr, out, p, end, c, in_channels, C)
+        p = start + tl.arange(0, BLOCK_P)
+        out, out1, filters = weighted_sums(
+            value_ptr, logits_ptr, filter_table_ptr, p, end, c, other, n, H, W, DILATION, C, N, GS, K, False, ACC)
+        out = normed(out, filters, value_table_ptr, p, c, C, ACC)
+        out1 = normed(out1, filters, value_table_ptr, p, other, C, ACC)
+        store(out_ptr, out, p, end, c, C)
+        store(out_ptr, out1, p, end, other, C)
         if start == first:  # squares around it do not cancel
-            center = (tl.sum(out, 1, keep_dims=True) / tl.minimum(end - first, BLOCK_P)).to(center.dtype)
-        out = tl.where(p < end, out - center.to(ACC), 0)
-        total += fold_pixels(out, FOLD)
-        squares += fold_pixels(out * out, FOLD)
-    total = tl.sum(total, 1, keep_dims=True)
-    mean = total / (end - first)
-    moments_ptr += run * (2 * C)
-    tl.store(moments_ptr + c, center.to(ACC) + mean, mask=in_channels)
-    squares = tl.maximum(tl.sum(squares, 1, keep_dims=True) - total * mean, 0)
-    tl.store(moments_ptr + C + c, squares, mask=in_channels)
+            center = tl.sum(out, 0) / tl.minimum(end - first, BLOCK_P)
+            center1 = tl.sum(out1, 0) / tl.minimum(end - first, BLOCK_P)
+        out = tl.where((p < end)[:, None], out - center[None, :], 0)
+        out1 = tl.where((p < end)[:, None], out1 - center1[None, :], 0)
+        total += fold(out, FOLD)
+        total1 += fold(out1, FOLD)
+        squares += fold(out * out, FOLD)
+        squares1 += fold(out1 * out1, FOLD)
+    store_moments(moments_ptr, run, total, squares, center, end - first, c, C)
+    store_moments(moments_ptr, run, total1, squares1, center1, end - first, other, C)
+
+
+@triton.jit
+def dynamic_context(out, filters, value_table_ptr, table_ptr, p, c, C: tl.constexpr, NORMED: tl.constexpr,
+                    ACC: tl.constexpr):
+    """The dynamic context of a local convolution, see `dynamic_context_kernel`."""
+    if NORMED:
+        z = normed(out, filters, value_table_ptr, p, c, C, ACC)
+        z = normed(z, 1, table_ptr, p, c, C, ACC)
+    else:
+        z = out + spread(table_ptr, p, c, C, ACC)
+    return z * sigmoid(z)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def dynamic_context_kernel(
         value_ptr, logits_ptr, static_ptr, value_table_ptr, filter_table_ptr, table_ptr, out_ptr, pooled_ptr,
         P, H, W, LENGTH, RUNS, DILATION,
-        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr, NORMED: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
-        FOLD: tl.constexpr, ACC: tl.constexpr,
+        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+        NORMED: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """For inference: the dynamic context, and the sums of both contexts over each run, (B, RUNS, C).
 
     Tables hold scale and shift of the norms if NORMED; else values are normed, and table is what is added, (C).
     """
     N: tl.constexpr = GROUPS * GS * K * K
-    run, b, first, end, c, in_channels, n, in_filters = place_filters(
-        P, LENGTH, RUNS, C, GROUPS, GS, K, BLOCK_M, BLOCK_L, BLOCK_G)
+    run, b, first, end, c, other, n = place_halves(P, LENGTH, RUNS, C, GROUPS, GS, K, HALF, BLOCK_C)
     value_ptr += b * P * C
     static_ptr += b * P * C
     out_ptr += b * P * C
     logits_ptr += b * P * N
     filter_table_ptr += b * (4 * N)
-    total = tl.zeros((BLOCK_M, BLOCK_P // FOLD, BLOCK_L, BLOCK_G), ACC)
+    total = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    total1 = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
     for start in range(first, end, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)[None, :, None, None]
-        z, filters = weighted_sum(
-            value_ptr, logits_ptr, filter_table_ptr, p, end, c, in_channels, n, in_filters,
-            H, W, DILATION, C, N, GS, K, BLOCK_L, False, ACC)
-        if NORMED:
-            z = z * of_channels(value_table_ptr, c, in_channels, p, ACC) \
-                + filters * of_channels(value_table_ptr + C, c, in_channels, p, ACC)
-            z = z * of_channels(table_ptr, c, in_channels, p, ACC) + of_channels(table_ptr + C, c, in_channels, p, ACC)
-        else:
-            z += of_channels(table_ptr, c, in_channels, p, ACC)
-        z *= sigmoid(z)
-        store_pixels(out_ptr, z, p, end, c, in_channels, C)
-        static = of_pixels(static_ptr, p, end, c, in_channels, C, ACC)
-        total += fold_pixels(tl.where(p < end, z, 0) + static, FOLD)
-    tl.store(pooled_ptr + run * C + c, tl.sum(total, 1, keep_dims=True) / P, mask=in_channels)
+        p = start + tl.arange(0, BLOCK_P)
+        z, z1, filters = weighted_sums(
+            value_ptr, logits_ptr, filter_table_ptr, p, end, c, other, n, H, W, DILATION, C, N, GS, K, False, ACC)
+        z = dynamic_context(z, filters, value_table_ptr, table_ptr, p, c, C, NORMED, ACC)
+        store(out_ptr, z, p, end, c, C)
+        total += fold(tl.where((p < end)[:, None], z, 0) + load(static_ptr, p, end, c, C, ACC), FOLD)
+        z1 = dynamic_context(z1, filters, value_table_ptr, table_ptr, p, other, C, NORMED, ACC)
+        store(out_ptr, z1, p, end, other, C)
+        total1 += fold(tl.where((p < end)[:, None], z1, 0) + load(static_ptr, p, end, other, C, ACC), FOLD)
+    store_row(pooled_ptr + run * C, tl.sum(total, 0) / P, c, C)
+    store_row(pooled_ptr + run * C, tl.sum(total1, 0) / P, other, C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def value_grad_kernel(
         grad_ptr, logits_ptr, value_ptr, value_table_ptr, filter_table_ptr, out_ptr, sums_ptr,
         P, H, W, LENGTH, RUNS, DILATION,
-        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
-        FOLD: tl.constexpr, ACC: tl.constexpr,
+        C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradient of the normed values, and its sums, those of `grad_sums_kernel`."""
     N: tl.constexpr = GROUPS * GS * K * K
-    run, b, first, end, c, in_channels, n, in_filters = place_filters(
-        P, LENGTH, RUNS, C, GROUPS, GS, K, BLOCK_M, BLOCK_L, BLOCK_G)
+    run, b, first, end, c, other, n = place_halves(P, LENGTH, RUNS, C, GROUPS, GS, K, HALF, BLOCK_C)
     grad_ptr += b * P * C
     value_ptr += b * P * C
     out_ptr += b * P * C
     logits_ptr += b * P * N
     filter_table_ptr += b * (4 * N)
-    total = tl.zeros((BLOCK_M, BLOCK_P // FOLD, BLOCK_L, BLOCK_G), ACC)
-    products = tl.zeros((BLOCK_M, BLOCK_P // FOLD, BLOCK_L, BLOCK_G), ACC)
+    total = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    total1 = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    products = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
+    products1 = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
     for start in range(first, end, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)[None, :, None, None]
-        grad, _ = weighted_sum(
-            grad_ptr, logits_ptr, filter_table_ptr, p, end, c, in_channels, n, in_filters,
-            H, W, DILATION, C, N, GS, K, BLOCK_L, True, ACC)
-        store_pixels(out_ptr, grad, p, end, c, in_channels, C)
-        value = of_pixels(value_ptr, p, end, c, in_channels, C, ACC) \
-            * of_channels(value_table_ptr + 2 * C, c, in_channels, p, ACC) \
-            + of_channels(value_table_ptr + 3 * C, c, in_channels, p, ACC)
-        total += fold_pixels(grad, FOLD)
-        products += fold_pixels(grad * value, FOLD)
+        p = start + tl.arange(0, BLOCK_P)
+        grad, grad1, _ = weighted_sums(
+            grad_ptr, logits_ptr, filter_table_ptr, p, end, c, other, n, H, W, DILATION, C, N, GS, K, True, ACC)
+        store(out_ptr, grad, p, end, c, C)
+        total += fold(grad, FOLD)
+        products += fold(grad * normed(load(value_ptr, p, end, c, C, ACC), 1, value_table_ptr + 2 * C, p, c, C, ACC), FOLD)
+        store(out_ptr, grad1, p, end, other, C)
+        total1 += fold(grad1, FOLD)
+        products1 += fold(
+            grad1 * normed(load(value_ptr, p, end, other, C, ACC), 1, value_table_ptr + 2 * C, p, other, C, ACC), FOLD)
     sums_ptr += run * (2 * C)
-    tl.store(sums_ptr + c, tl.sum(total, 1, keep_dims=True), mask=in_channels)
-    tl.store(sums_ptr + C + c, tl.sum(products, 1, keep_dims=True), mask=in_channels)
+    store_row(sums_ptr, tl.sum(total, 0), c, C)
+    store_row(sums_ptr, tl.sum(total1, 0), other, C)
+    store_row(sums_ptr + C, tl.sum(products, 0), c, C)
+    store_row(sums_ptr + C, tl.sum(products1, 0), other, C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -317,34 +309,51 @@ def filter_grad_kernel(
         grad_ptr, value_ptr, value_table_ptr, out_ptr,
         P, H, W, LENGTH, RUNS, DILATION,
         C: tl.constexpr, GROUPS: tl.constexpr, GS: tl.constexpr, K: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_G: tl.constexpr,
-        FOLD: tl.constexpr, ACC: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradient of the normed filters: of each tap the sum of grad times shifted normed value over a filter's channels.
 
-    A program has all channels of its filters.
+    The axes are (pixel, m, g): channel `m * GS + g` of a slice uses filter g. Neighbouring threads have neighbouring
+    channels, and each has two halves of the m, so that fewer threads have to add up.
     """
-    N: tl.constexpr = GROUPS * GS * K * K
-    run, b, first, end, c, in_channels, n, in_filters = place_filters(
-        P, LENGTH, RUNS, C, GROUPS, GS, K, BLOCK_M, BLOCK_L, BLOCK_G)
+    CS: tl.constexpr = C // GROUPS
+    TAPS: tl.constexpr = K * K
+    N: tl.constexpr = GROUPS * GS * TAPS
+    TILES: tl.constexpr = (GS + BLOCK_G - 1) // BLOCK_G
+    pid = tl.program_id(0)
+    g = (pid % TILES * BLOCK_G + tl.arange(0, BLOCK_G))[None, None, :]
+    s = pid // TILES % GROUPS
+    run = pid // (TILES * GROUPS)
+    b = (run // RUNS).to(tl.int64)
+    first = run % RUNS * LENGTH
+    end = tl.minimum(first + LENGTH, P)
     grad_ptr += b * P * C
     value_ptr += b * P * C
     out_ptr += b * P * N
-    is_first = tl.arange(0, BLOCK_L)[None, None, :, None] == 0
-    n += tl.zeros((1, 1, BLOCK_L, 1), tl.int32)
+    m = tl.arange(0, BLOCK_M)[None, :, None]
+    c0 = s * CS + m * GS + g
+    c1 = c0 + BLOCK_M * GS
+    in0 = (m * GS < CS) & (g < GS)
+    in1 = ((m + BLOCK_M) * GS < CS) & (g < GS)
+    scale0 = tl.load(value_table_ptr + c0, mask=in0, other=0)
+    scale1 = tl.load(value_table_ptr + c1, mask=in1, other=0)
+    shift0 = tl.load(value_table_ptr + C + c0, mask=in0, other=0)
+    shift1 = tl.load(value_table_ptr + C + c1, mask=in1, other=0)
     for start in range(first, end, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)[None, :, None, None]
+        p = start + tl.arange(0, BLOCK_P)[:, None, None]
         h, w = p // W, p % W
-        grad = of_pixels(grad_ptr, p, end, c, in_channels, C, ACC)
+        grad0 = tl.load(grad_ptr + p * C + c0, mask=(p < end) & in0, other=0).to(ACC)
+        grad1 = tl.load(grad_ptr + p * C + c1, mask=(p < end) & in1, other=0).to(ACC)
         # a value is x * scale + shift: what the shift adds is the same at all taps inside the image
-        of_shift = tl.sum(grad * of_channels(value_table_ptr + C, c, in_channels, p, ACC), 0, keep_dims=True)
-        grad *= of_channels(value_table_ptr, c, in_channels, p, ACC)
-        for i in range(K):
-            for j in tl.static_range(K):
-                down, right = (i - K // 2) * DILATION, (j - K // 2) * DILATION
-                inside = (p < end) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
-                x = tl.load(value_ptr + ((p + (down * W + right)) * C + c), mask=inside & in_channels, other=0)
-                out = tl.sum(grad * x.to(ACC), 0, keep_dims=True) + tl.where(inside, of_shift, 0)
-                out = tl.sum(out, 2, keep_dims=True) + tl.zeros((1, 1, BLOCK_L, 1), ACC)
-                at = out_ptr + (p * N + (n + (i * K + j) * GS))
-                tl.store(at, out.to(out_ptr.dtype.element_ty), mask=(p < end) & is_first & in_filters)
+        of_shift = grad0 * shift0 + grad1 * shift1
+        grad0 *= scale0
+        grad1 *= scale1
+        for t in range(TAPS):
+            down, right = (t // K - K // 2) * DILATION, (t % K - K // 2) * DILATION
+            inside = (p < end) & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
+            q = p + down * W + right
+            x0 = tl.load(value_ptr + q * C + c0, mask=inside & in0, other=0).to(ACC)
+            x1 = tl.load(value_ptr + q * C + c1, mask=inside & in1, other=0).to(ACC)
+            out = tl.sum(tl.where(inside, of_shift, 0) + grad0 * x0 + grad1 * x1, 1, keep_dims=True)
+            at = out_ptr + p * N + ((s * TAPS + t) * GS + g)
+            tl.store(at, out.to(out_ptr.dtype.element_ty), mask=(p < end) & (g < GS))

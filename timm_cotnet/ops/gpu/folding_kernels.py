@@ -125,9 +125,10 @@ def fold_layer_kernel(
         store_row(out_ptr + BIASES + 2 * ROUND_C, shift, o, HIDDEN)
     else:
         a = tl.arange(0, BLOCK_A)
-        of_se = norm_of(se_mean_ptr, se_var_ptr, se_weight_ptr, se_bias_ptr, a, A, SE, ACC)  # names have one shape
-        store_row(table_ptr + ROUND_C, of_se[0], a, A)
-        store_row(table_ptr + ROUND_C + A, of_se[1], a, A)
+        # names of their own, as one name has one shape
+        se_scale, se_shift = norm_of(se_mean_ptr, se_var_ptr, se_weight_ptr, se_bias_ptr, a, A, SE, ACC)
+        store_row(table_ptr + ROUND_C, se_scale, a, A)
+        store_row(table_ptr + ROUND_C + A, se_shift, a, A)
 
 
 @triton.jit

@@ -13,8 +13,9 @@ from torch import Tensor
 PROGRAMS = 1056  # eight for each of an H100's multiprocessors
 THREADS = 128
 VECTOR = 16  # bytes that a thread loads at once
-LINE = 64  # bytes of a pixel beside each other, at least, that threads load at once
-LOADS = 1
+LINE = 128
+LOADS = 2
+HALF_PROGRAMS = 2 * PROGRAMS
 
 
 class Repeat(NamedTuple):
@@ -175,24 +176,27 @@ def over_rows(images: int, pixels: int, channels: int, itemsize: int, loads: int
 
 
 @functools.lru_cache(maxsize=4096)
-def over_filters(
-        images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int, repeats: int = 4) -> Walk:
-    """For kernels of the local convolution, which share out filters, and with each the channels that it is for.
-
-    A thread has one vector of filters for up to `repeats` vectors of channels; None: for all of them.
-    """
-    filters //= groups
-    shared_by = channels // groups // filters
-    block_g = min(power_of_2(filters), 128 // itemsize)
-    block_l = max(1, min(power_of_2(shared_by), LINE // itemsize // block_g))
-    block_m = power_of_2(-(-shared_by // block_l))
-    block_m = min(block_m, repeats or block_m)
-    tiles = groups * -(-filters // block_g) * -(-shared_by // (block_m * block_l))
+def over_halves(images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int) -> Walk:
+    """For the local convolution, whose threads have a filter for two channels: `contexts_kernels.place_halves`."""
+    filters, channels = filters // groups, channels // groups
+    half = -(-channels // filters // 2) * filters
+    tile = min(power_of_2(half), LINE // itemsize)
     vectors = THREADS * VECTOR // itemsize
-    block_p = max(1, min(LOADS * vectors // (block_g * block_l), power_of_2(pixels)))
-    fold = max(1, block_p * block_g * block_l // vectors)
+    block_p = max(1, min(LOADS * vectors // tile, power_of_2(pixels)))
     return _walk(
-        images, pixels, tiles, block_p, BLOCK_M=block_m, BLOCK_L=block_l, BLOCK_G=block_g, FOLD=fold)
+        images, pixels, groups * -(-half // tile), block_p, HALF_PROGRAMS,
+        HALF=half, BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors))
+
+
+@functools.lru_cache(maxsize=4096)
+def over_filters(images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int) -> Walk:
+    """For the gradient of filters, whose programs have all channels of BLOCK_G filters."""
+    block_g = min(power_of_2(filters // groups), 64)
+    block_m = max(1, power_of_2(channels // filters) // 2)
+    block_p = max(1, min(2 * 32 * VECTOR // itemsize // (block_g * block_m), power_of_2(pixels)))
+    tiles = groups * -(-(filters // groups) // block_g)
+    # one warp, as several would have to wait for each other at every tap
+    return _walk(images, pixels, tiles, block_p, 4 * PROGRAMS, BLOCK_G=block_g, BLOCK_M=block_m, num_warps=1)
 
 
 def accumulator(dtype: torch.dtype):

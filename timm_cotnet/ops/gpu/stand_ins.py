@@ -9,7 +9,7 @@ from .. import conditions, onednn
 from ..contexts import ContextsSettings
 from ..parts import has_bias, is_plain, why_not_conv
 from ..watch import are_watched
-from .contexts import Mixing, channels_last, compiled_contexts, filter_table, infer_contexts, tap_by_tap
+from .contexts import Mixing, channels_last, compiled_contexts, infer_contexts, infer_filter_table, tap_by_tap
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
 from .norm import norm_act, norm_act_eval
@@ -130,7 +130,7 @@ def _contexts(
     if torch.compiler.is_compiling():
         return compiled_contexts(value, logits, static, filter_parameters, *args)
     value, logits, static = map(channels_last, (value, logits, static))
-    filters, _ = filter_table(logits, *filter_parameters, args[-1])
+    filters = infer_filter_table(logits, *filter_parameters, args[-1])
     return infer_contexts(value, logits, static, filters, *args)
 
 
@@ -138,7 +138,7 @@ def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in evaluation without a gradient, channels-last."""
     parts = block._modules
     conv1, norm1, conv3, norm3 = (parts[name] for name in ('conv1', 'bn1', 'conv3', 'bn3'))
-    shortcut = _look_at_shortcut(block.downsample, x)
+    shortcut = _look_at_shortcut(block.downsample, x, conv1.in_channels, conv3.out_channels)
     if not (_folds(conv1, norm1) and _folds(conv3, norm3)) or shortcut is None:
         out = _norm(conv1(x), norm1)
         out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
@@ -155,7 +155,10 @@ def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     if conv is not None:
         x = F.conv2d(x, f.shortcut[:, :, None, None], None, conv[0].stride)
     out, x = (t if t.dtype == dtype else t.to(dtype) for t in (out, x))
-    return channels_last(_conv2d_relu(out, f.conv3[:, :, None, None], f.bias3, x, ones, nothing, ones, 1, fused=fused))
+    B, _, H, W = out.shape
+    fused = fused and x.shape == (B, conv3.out_channels, H, W)  # it may have fewer values, not more
+    out = _conv2d_relu(out, f.conv3[:, :, None, None], f.bias3, x, ones, nothing, ones, 1, fused=fused)
+    return channels_last(out)
 
 
 def _folds(conv: nn.Module, norm: nn.BatchNorm2d) -> bool:
@@ -163,7 +166,7 @@ def _folds(conv: nn.Module, norm: nn.BatchNorm2d) -> bool:
     return conditions._is_pointwise(conv, 1) and not has_bias(conv) and conv.out_channels == norm.num_features
 
 
-def _look_at_shortcut(downsample: Optional[nn.Module], x: Tensor) -> Optional[Tuple]:
+def _look_at_shortcut(downsample: Optional[nn.Module], x: Tensor, inputs: int, outputs: int) -> Optional[Tuple]:
     """What comes before the convolution of a shortcut, and at the end that with its norm; None if it is unknown."""
     if downsample is None:
         return (None,)
@@ -171,7 +174,10 @@ def _look_at_shortcut(downsample: Optional[nn.Module], x: Tensor) -> Optional[Tu
         return None
     *pools, conv, norm = downsample._modules.values()
     parameters = conv._parameters
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or why_not_conv(conv.__dict__, parameters)             or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or has_bias(conv)             or conv.out_channels != norm.num_features or not is_plain(parameters['weight'], x, any_float=True)             or conditions._why_not_eval_norm(norm, x):
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or why_not_conv(conv.__dict__, parameters) \
+            or conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.groups != 1 or has_bias(conv) \
+            or (conv.in_channels, conv.out_channels) != (inputs, outputs) or norm.num_features != outputs \
+            or not is_plain(parameters['weight'], x, any_float=True) or conditions.why_not_eval_norm(norm, x):
         return None
     return (*pools, (conv, norm))
 
@@ -222,13 +228,18 @@ def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
             bias = bias + last.bias  # one bias for both, as each is a pass of its own behind a convolution
         else:
             shortcut = block.downsample(x)
+    B, _, H, W = out.shape
+    if shortcut.shape != (B, conv.out_channels, H, W):  # it may be spread, which cuDNN does not do
+        return channels_last(F.relu(
+            F.conv2d(out, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups) + shortcut))
     return conv_act(conv, out, shortcut, bias)
 
 
 def conv_act(conv: nn.Conv2d, x: Tensor, addend: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
     """`relu(conv(x) + addend)` in one call of cuDNN, with a bias other than the module's if one is given."""
-    args = (conv.weight, conv.bias if bias is None else bias, addend, conv.stride, conv.padding, conv.dilation,
-            conv.groups, 'relu')
+    parameters = conv._parameters  # as `nn.Module.__getattr__` is slow
+    args = (parameters['weight'], parameters.get('bias') if bias is None else bias, addend, conv.stride, conv.padding,
+            conv.dilation, conv.groups, 'relu')
     if torch.compiler.is_compiling():
         return torch.ops.timm_cotnet.conv2d_act(x, *args)
     return _conv2d_relu(x, *args)
@@ -252,9 +263,10 @@ def _conv2d_relu(
         return (out if addend is None else out.add_(addend)).relu_()
     if x.dtype != torch.float32 and addend is None and bias is not None and groups == 1 and weight.shape[2:] == (1, 1) \
             and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        rows = x.permute(0, 2, 3, 1)  # a matrix product with ReLU takes less of the host's time
-        out = torch._addmm_activation(bias, rows.flatten(0, 2), weight.flatten(1).t())
-        return out.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+        B, C, H, W = x.shape  # a matrix product with ReLU takes less of the host's time
+        rows = x.permute(0, 2, 3, 1).reshape(-1, C)
+        out = torch._addmm_activation(bias, rows, weight.reshape(-1, C).t())
+        return out.view(B, H, W, -1).permute(0, 3, 1, 2)
     weight = weight.contiguous(memory_format=torch.channels_last)
     geometry = (stride, padding, dilation, groups)
     if addend is None:
