@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .watch import is_exporting_program
+
 
 def is_exporting() -> bool:
     """Whether a graph is made for a runtime: by `torch.export`, an ONNX exporter or `torch.jit.trace`.
 
     PyTorch 2.6 cannot tell `torch.export` from `torch.compile`; there it gets the definition, as compilers do.
     """
-    return torch.jit.is_tracing() or hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or is_exporting_program()
 
 
 def local_conv_exported(

@@ -31,8 +31,14 @@ def needs_plain_graph(*tensors: torch.Tensor) -> bool:
     PyTorch 2.6 cannot tell exporting from compiling.
     """
     return torch.compiler.is_compiling() and (
-        not hasattr(torch.compiler, 'is_exporting') or torch.compiler.is_exporting()
+        not hasattr(torch.compiler, 'is_exporting') or is_exporting_program()
         or _is_functorch_active() or _are_functions_watched() or any(type(t) not in _TENSORS for t in tensors))
+
+
+@torch.compiler.assume_constant_result  # the compiler of PyTorch 2.11 takes the answer to be yes
+def is_exporting_program() -> bool:
+    """Whether `torch.export` makes a graph, as far as this PyTorch can tell."""
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # of the graph that is being made
