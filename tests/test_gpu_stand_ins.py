@@ -1,6 +1,7 @@
 """Norms, blocks, inference and pools by Triton kernels against plain PyTorch; see `triton_helpers.py`."""
 import copy
 import functools
+import importlib
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from triton_helpers import (
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
-from timm_cotnet.ops.gpu import contexts
+from timm_cotnet.ops.gpu import contexts, launch
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
@@ -269,6 +270,27 @@ def test_norm_of_filters_of_small_images(kernel_size, groups, filters, mean, mon
     monkeypatch.setattr(contexts, '_SMALL', 7 * 6 - 1)
     assert contexts.infer_filter_table(logits, *parameters, s)[:, :2].equal(
         contexts.filter_table(logits, *parameters, s)[0][:, :2])
+
+
+@kernels
+@pytest.mark.parametrize('B, C, hidden, runs, dtype', [
+    (1, 64, 32, 98, torch.float32), (3, 48, 24, 9, torch.float64), (67, 96, 48, 3, torch.float32),
+    (65, 40, 20, 1, torch.float32), (2, 128, 64, 8, torch.float32), (64, 64, 32, 20, torch.float32)])
+@pytest.mark.parametrize('normed', [False, True])
+def test_mixing_weights(B, C, hidden, runs, dtype, normed):
+    """Of any number of images and runs, which programs share in several ways."""
+    torch.manual_seed(0)
+    shapes = (B, runs, C), (hidden, C), (hidden,), (2, hidden), (2 * C, hidden), (2 * C,)
+    tensors = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
+    grid, length, sizes = contexts._shares_of_mixing(B, C, hidden, runs, dtype)
+    out = torch.full((B, 2 * C), float('nan'), dtype=dtype, device=DEVICE)
+    mixing_kernels = importlib.import_module('timm_cotnet.ops.gpu.mixing_kernels')  # imports Triton
+    launch.launch(mixing_kernels.attend_kernel, grid, *tensors, out, B, runs, length, C=C, NORMED=normed, **sizes,
+                  ACC=launch.accumulator(dtype)[1])
+    pooled, weight1, bias1, (scale, shift), weight2, bias2 = (t.cpu().double() for t in tensors)
+    expected = F.linear(pooled.sum(1), weight1, bias1)
+    expected = F.linear(F.relu(expected * scale + shift if normed else expected), weight2, bias2)
+    assert error(out, expected) < (1e-14 if dtype == torch.float64 else 1e-6)
 
 
 @kernels

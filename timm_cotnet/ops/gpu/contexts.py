@@ -99,7 +99,8 @@ def infer_filter_table(
 
 
 @functools.lru_cache(maxsize=1024)
-def _shares_of_mixing(B: int, C: int, hidden: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
+def _shares_of_mixing(
+        B: int, C: int, hidden: int, runs: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
     """Grid of the kernel that makes the logits of the mix, logits that a program has, and constants.
 
     Images that share a program share its weights, and few of them leave some logits to other programs.
@@ -112,7 +113,8 @@ def _shares_of_mixing(B: int, C: int, hidden: int, dtype: torch.dtype) -> Tuple[
     length = -(-2 * C // (parts * block_c)) * block_c
     return (groups * -(-2 * C // length),), length, dict(
         A=hidden, IMAGES=images, BLOCK_A=block_a, BLOCK_C=block_c,
-        UNROLLED=min(4, power_of_2(-(-C // block_c))), num_warps=8)
+        UNROLLED=min(2 if images > 1 else 4, power_of_2(-(-C // block_c))),
+        STEPS=min(8, power_of_2(runs)), LOOP=runs > 8, num_warps=8)
 
 
 def infer_contexts(
@@ -146,7 +148,8 @@ def infer_contexts(
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
            NORMED=value_table is not None)
-    attn, (grid, length, sizes) = pooled.new_empty(B, 2 * C), _shares_of_mixing(B, C, mixing.bias1.shape[0], dtype)
+    grid, length, sizes = _shares_of_mixing(B, C, mixing.bias1.shape[0], walk.runs, dtype)
+    attn = pooled.new_empty(B, 2 * C)
     mixing = Mixing(*(t if t is None else t.contiguous() for t in mixing))
     launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
            pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,

@@ -57,12 +57,21 @@ def mix_kernel(
         store(mixed_ptr, dynamic * (1 - of_static) + static * of_static, p, end, c, C)
 
 
+@triton.jit
+def sum_of_runs(at, run, RUNS, mask, C: tl.constexpr, STEPS: tl.constexpr):
+    """Sum of the next STEPS rows, all of which are on their way at once."""
+    total = tl.load(at + run * C, mask=mask, other=0)
+    for i in tl.static_range(1, STEPS):
+        total += tl.load(at + (run + i) * C, mask=mask & (run + i < RUNS), other=0)
+    return total
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
         pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, B, RUNS, LENGTH,
         C: tl.constexpr, A: tl.constexpr, NORMED: tl.constexpr,
         IMAGES: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, UNROLLED: tl.constexpr,
-        ACC: tl.constexpr,
+        STEPS: tl.constexpr, LOOP: tl.constexpr, ACC: tl.constexpr,
 ):
     """For inference: the logits of the mix, (B, 2 * C), from the sums of each run, (B, RUNS, C).
 
@@ -78,10 +87,13 @@ def attend_kernel(
         for i in tl.static_range(UNROLLED):
             c = (first + i * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :]
             weight = tl.load(weight1_ptr + a[None, :, None] * C + c, mask=(a < A)[None, :, None] & (c < C), other=0)
+            at, mask = pooled_ptr + (b * RUNS)[:, None, None] * C + c, (b < B)[:, None, None] & (c < C)
             pooled = tl.zeros((IMAGES, 1, BLOCK_C), ACC)
-            for run in range(RUNS):
-                at = pooled_ptr + (b * RUNS + run)[:, None, None] * C + c
-                pooled += tl.load(at, mask=(b < B)[:, None, None] & (c < C), other=0)
+            if LOOP:
+                for run in range(0, RUNS, STEPS):
+                    pooled += sum_of_runs(at, run, RUNS, mask, C, STEPS)
+            else:
+                pooled += sum_of_runs(at, 0, RUNS, mask, C, STEPS)
             products += weight.to(ACC) * pooled
     hidden = tl.sum(products, 2) + row(bias1_ptr, a, A, ACC)[None, :]
     if NORMED:
