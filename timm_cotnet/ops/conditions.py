@@ -226,10 +226,11 @@ def why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor, found: bool = False) -> O
 
 def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool, found: bool = False) -> Optional[str]:
     parameters, buffers, size = norm._parameters, norm._buffers, (norm.num_features,)
-    for tensors, names in ((parameters, ('weight', 'bias')), (buffers, ('running_mean', 'running_var'))):
+    for tensors, names, known in (
+            (parameters, ('weight', 'bias'), found), (buffers, ('running_mean', 'running_var'), False)):
         for name in names:
             t = tensors.get(name)
-            if t is None or not (found and tensors is parameters or is_plain(t, x, any_float)) \
+            if t is None or not (known or is_plain(t, x, any_float)) \
                     or t.shape != size or not t.is_contiguous():
                 return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
     return None
