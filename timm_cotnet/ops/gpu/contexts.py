@@ -72,7 +72,7 @@ def filter_table(
     (B, N), walk, (dtype, acc) = logits.shape[:2], image_rows(logits), accumulator(logits.dtype)
     conv_bias, weight, bias = conv_bias.contiguous(), weight.contiguous(), bias.contiguous()
     moments = logits.new_empty(B, walk.runs, 2, N, dtype=dtype)
-    launch(rows.moments_kernel, walk.grid, logits, moments, *walk.sizes, C=N, **walk.blocks, ACC=acc)
+    launch(rows.moments_kernel, walk.grid, logits, moments, *walk.rows, **walk.blocks, ACC=acc)
     table, means = moments.new_empty(B, 4, N), moments.new_empty(B, N)
     grid, sizes = _filter_tiles(B, s)
     launch(contexts_kernels.filter_norm_kernel, grid, moments, conv_bias, weight, bias, table, means, *walk.sizes,
@@ -154,9 +154,9 @@ def infer_contexts(
     launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
            pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
            C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
-    walk = image_rows(value, 2)
-    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.sizes,
-           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
+    walk = image_rows(value, sums=False)
+    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.rows,
+           DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
     return dynamic
 
 
@@ -235,7 +235,7 @@ def train_forward(
     """
     from . import contexts_kernels as kernels, mixing_kernels
 
-    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value), accumulator(value.dtype)
     value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
     filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
     local_walk = _local_walk(value, s)
@@ -243,12 +243,12 @@ def train_forward(
     _local(kernels.local_conv_kernel, local_walk, value, s, value, logits, value_table, filters, local, moments)
     table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, local_walk)
     pooled = moments.new_empty(B, walk.runs, C)
-    launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
-           C=C, **walk.blocks, ACC=acc)
+    launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.rows,
+           **walk.blocks, ACC=acc)
     attn, *hidden = _attend(pooled, p, averages[2], s.se_eps)
-    mixed = torch.empty_like(value)
-    launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.sizes,
-           C=C, DYNAMIC=False, **walk.blocks, ACC=acc)
+    mixed, walk = torch.empty_like(value), image_rows(value, sums=False)
+    launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.rows,
+           DYNAMIC=False, **walk.blocks, ACC=acc)
     return mixed, local, value_table, filters, means, table, attn, *hidden
 
 
@@ -272,8 +272,8 @@ def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: floa
     images, normed, hidden, x_scale = kept = like_attention(pooled, p)
     launch(mixing_kernels.train_attend_kernel, (A,),
            pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
-           averages.tracked, *kept, B, runs,
-           C=C, A=A, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(pooled.dtype)[1],
+           averages.tracked, *kept, B, runs, C, A,
+           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(pooled.dtype)[1],
            num_warps=16)
     return F.linear(hidden, p.se_weight2.flatten(1), p.se_bias2), *kept
 
@@ -292,8 +292,8 @@ def _attend_backward(
     (B, C), A = pooled.shape, len(x_scale)
     grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
     launch(mixing_kernels.train_attend_backward_kernel, (A,),
-           grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B,
-           C=C, A=A, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
+           grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B, C, A,
+           BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
     grad_weight, grad_bias, grad_bias1 = grads.unbind()
     return (
         grad_x.mm(p.se_weight1.flatten(1)), grad_x.t().mm(pooled).view(p.se_weight1.shape), grad_bias1, grad_weight,
@@ -325,46 +325,47 @@ def train_backward(
     from . import contexts_kernels as kernels, mixing_kernels, rows
 
     (B, C, H, W), N, (dtype, acc) = value.shape, logits.shape[1], accumulator(value.dtype)
-    walk, filter_walk = image_rows(value, 2), image_rows(logits, 2)
+    walk, filter_walk = image_rows(value), image_rows(logits)
 
     run_sums = value.new_empty(B, walk.runs, 5, C, dtype=dtype)
-    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, table, run_sums, *walk.sizes,
-           C=C, **walk.blocks, ACC=acc)
+    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, table, run_sums, *walk.rows,
+           **walk.blocks, ACC=acc)
     sums, grad_attn = run_sums.new_empty(B, 4, C), run_sums.new_empty(B, 2 * C)
-    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs,
-           C=C, BLOCK_C=64, ACC=acc)
+    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs, C,
+           BLOCK_C=64, ACC=acc)
     grad_pooled, *se_grads = _attend_backward(grad_attn, pooled, normed, hidden, x_scale, p)
 
     factors = table.new_empty(7, C)
     launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
-           sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W,
-           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+           sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W, C,
+           BLOCK_R=256, BLOCK_C=8, ACC=acc)
     _, grad_weight, grad_bias, grad_bias2 = factors.view(-1).split([3 * C, C, C, 2 * C])
-    grad_static, grad_local = torch.empty_like(static), torch.empty_like(local)
+    walk, grad_static, grad_local = image_rows(value, sums=False), torch.empty_like(static), torch.empty_like(local)
     launch(mixing_kernels.mix_backward_kernel, walk.grid,
-           grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.sizes,
-           C=C, **walk.blocks, ACC=acc)
+           grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.rows,
+           **walk.blocks, ACC=acc)
 
     local_walk = _local_walk(value, s)
     grad_value, sums = torch.empty_like(local), sums.new_empty(B, local_walk.runs, 2, C)
     _local(kernels.value_grad_kernel, local_walk, value, s,
            grad_local, logits, value, value_table, filters, grad_value, sums)
     factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, local_walk, B)
-    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.sizes,
-           C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
+    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.rows,
+           FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
     grad_logits = logits.new_empty(B * H * W, N)
     _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
            value, s, grad_local, value, value_table, grad_logits)
     sums = sums.new_empty(B, filter_walk.runs, 2, N)
-    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
-           C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
+    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.rows,
+           TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
     factors, filter_grads = sums.new_empty(B, 3, N), sums.new_empty(B, 3, N)
     grid, sizes = _filter_tiles(B, s)
     launch(kernels.filter_norm_backward_kernel, grid,
            sums, p.filter_weight, filters, means, factors, filter_grads, H * W, filter_walk.runs, **sizes, ACC=acc)
+    filter_walk = image_rows(logits, sums=False)
     launch(rows.norm_backward_kernel, filter_walk.grid,
-           grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.sizes,
-           C=N, FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
+           grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.rows,
+           FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
     return [grad_value, grad_logits, grad_static, *value_grads, grad_weight, grad_bias, *se_grads, grad_bias2,
             filter_grads]

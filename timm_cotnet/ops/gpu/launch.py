@@ -1,6 +1,7 @@
 """How programs of the Triton kernels share tensors, chosen by shape without timing anything; and their launch."""
 import ctypes
 import functools
+import math
 import struct
 import threading
 from functools import reduce
@@ -144,6 +145,7 @@ class Walk(NamedTuple):
     grid: Tuple[int]
     sizes: Tuple[int, int, int]  # pixels of an image, LENGTH, RUNS
     blocks: Dict[str, int]
+    rows: Tuple[int, int, int, int] = ()  # sizes, and channels divided by ALIGN
 
     @property
     def runs(self) -> int:
@@ -164,15 +166,24 @@ def _walk(images: int, pixels: int, tiles: int, block_p: int, programs: int = PR
 
 
 @functools.lru_cache(maxsize=4096)
-def over_rows(images: int, pixels: int, channels: int, itemsize: int, loads: int = 4) -> Walk:
-    """For kernels over rows of channels, of which each thread loads `loads` vectors at a time."""
+def over_rows(
+        images: int, pixels: int, channels: int, itemsize: int, loads: int = 4, sums: bool = True) -> Walk:
+    """For kernels over rows of channels, of which each thread loads `loads` vectors at a time.
+
+    Where programs leave sums behind they are fewer, and of few pixels each is one warp, as several would take longer to
+    add up theirs than to make them.
+    """
     widest = 128 // itemsize
     tiles = [t for t in (16, 32, 64, 128) if min(32, widest) <= t <= widest]
     tile = min(tiles, key=lambda t: (-(-channels // t) * t, -t))  # of which few channels are left over
-    vectors = THREADS * VECTOR // itemsize  # elements of one vector for each thread
+    warps = 1 if sums and pixels <= 256 else THREADS // 32
+    vectors = 32 * warps * VECTOR // itemsize  # elements of one vector for each thread
     block_p = min(loads * vectors // tile, power_of_2(pixels))
-    fold = max(1, block_p * tile // vectors)
-    return _walk(images, pixels, -(-channels // tile), block_p, BLOCK_C=tile, FOLD=fold)
+    align = math.gcd(channels, 16)
+    walk = _walk(
+        images, pixels, -(-channels // tile), block_p, PROGRAMS * (4 // warps if sums else 4),
+        BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors), ALIGN=align, num_warps=warps)
+    return walk._replace(rows=(*walk.sizes, channels // align))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -206,12 +217,12 @@ def accumulator(dtype: torch.dtype):
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def all_rows(x: Tensor, loads: int = 4) -> Walk:
+def all_rows(x: Tensor, loads: int = 2, sums: bool = True) -> Walk:
     """A walk over x, (B, C, H, W), all of whose images are one."""
-    return over_rows(1, x.numel() // x.shape[1], x.shape[1], x.element_size(), loads)
+    return over_rows(1, x.numel() // x.shape[1], x.shape[1], x.element_size(), loads, sums)
 
 
-def image_rows(x: Tensor, loads: int = 4) -> Walk:
+def image_rows(x: Tensor, loads: int = 2, sums: bool = True) -> Walk:
     """A walk over x, (B, C, H, W), image by image."""
     B, C, H, W = x.shape
-    return over_rows(B, H * W, C, x.element_size(), loads)
+    return over_rows(B, H * W, C, x.element_size(), loads, sums)

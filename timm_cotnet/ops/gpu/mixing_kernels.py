@@ -17,10 +17,11 @@ def load_static_weight(attn_ptr, c, mask, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def pool_kernel(
-        out_ptr, static_ptr, table_ptr, pooled_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        out_ptr, static_ptr, table_ptr, pooled_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Sums of both contexts over each run, divided by the number of pixels: (B, RUNS, C)."""
+    C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     out_ptr += b * P * C
     static_ptr += b * P * C
@@ -35,11 +36,12 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mix_kernel(
-        out_ptr, static_ptr, attn_ptr, table_ptr, mixed_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, DYNAMIC: tl.constexpr,
+        out_ptr, static_ptr, attn_ptr, table_ptr, mixed_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, DYNAMIC: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Mix of the contexts; out is the dynamic context if DYNAMIC, else the local convolution before its norm."""
+    C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     out_ptr += b * P * C
     static_ptr += b * P * C
@@ -112,8 +114,8 @@ def attend_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def train_attend_kernel(
         run_sums_ptr, weight1_ptr, bias1_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
-        pooled_ptr, normed_ptr, hidden_ptr, x_scale_ptr, B, RUNS,
-        C: tl.constexpr, A: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
+        pooled_ptr, normed_ptr, hidden_ptr, x_scale_ptr, B, RUNS, C, A,
+        EPS: tl.constexpr, MOMENTUM: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """In training what the second convolution of the mixing gets, (B, A), from sums of each run, (B, RUNS, C).
@@ -170,8 +172,8 @@ def train_attend_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def train_attend_backward_kernel(
-        grad_ptr, weight2_ptr, hidden_ptr, normed_ptr, weight_ptr, x_scale_ptr, grad_x_ptr, grads_ptr, B,
-        C: tl.constexpr, A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        grad_ptr, weight2_ptr, hidden_ptr, normed_ptr, weight_ptr, x_scale_ptr, grad_x_ptr, grads_ptr, B, C, A,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradient of what the mixing's norm got, (B, A), from that of the logits, (B, 2 * C).
 
@@ -212,14 +214,15 @@ def train_attend_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mix_sums_kernel(
-        grad_ptr, out_ptr, static_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        grad_ptr, out_ptr, static_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """All that the gradients of the mixing weights and of the norm need, though they need each other: (B, RUNS, 5, C).
 
     With z what the norm puts out, x that without weight and bias, and a' the derivative of SiLU at z, these are sums of
     grad * (static - silu(z)), grad * a', a', grad * a' * x and a' * x.
     """
+    C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     out_ptr += b * P * C
@@ -253,12 +256,12 @@ def mix_sums_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def attn_grad_kernel(
-        run_sums_ptr, attn_ptr, sums_ptr, grad_attn_ptr, RUNS,
-        C: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        run_sums_ptr, attn_ptr, sums_ptr, grad_attn_ptr, RUNS, C,
+        BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """Sums of `mix_sums_kernel` over the runs, without the first: (B, 4, C). Of that the gradient of the mix's logits,
     (B, 2 * C)."""
-    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TILES = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (pid // TILES).to(tl.int64)
@@ -280,8 +283,8 @@ def attn_grad_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mixed_norm_backward_kernel(
-        sums_ptr, attn_ptr, grad_attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P,
-        C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        sums_ptr, attn_ptr, grad_attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P, C,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """`store_backward_factors` of the norm behind the local convolution, from sums (B, 4, C) of `attn_grad_kernel`.
 
@@ -312,10 +315,11 @@ def mixed_norm_backward_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def mix_backward_kernel(
         grad_ptr, out_ptr, attn_ptr, grad_pooled_ptr, table_ptr, factors_ptr, grad_static_ptr, grad_out_ptr,
-        P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradients of the static context and of the local convolution."""
+    C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     out_ptr += b * P * C
