@@ -273,7 +273,7 @@ def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: floa
     launch(mixing_kernels.train_attend_kernel, (A,),
            pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
            averages.tracked, *kept, B, runs, C, A,
-           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(pooled.dtype)[1],
+           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=32, ACC=accumulator(pooled.dtype)[1],
            num_warps=16)
     return F.linear(hidden, p.se_weight2.flatten(1), p.se_bias2), *kept
 
@@ -338,7 +338,7 @@ def train_backward(
     factors = table.new_empty(7, C)
     launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
            sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W, C,
-           BLOCK_R=256, BLOCK_C=8, ACC=acc)
+           BLOCK_R=128, BLOCK_C=8, ACC=acc)
     _, grad_weight, grad_bias, grad_bias2 = factors.view(-1).split([3 * C, C, C, 2 * C])
     walk, grad_static, grad_local = image_rows(value, sums=False), torch.empty_like(static), torch.empty_like(local)
     launch(mixing_kernels.mix_backward_kernel, walk.grid,

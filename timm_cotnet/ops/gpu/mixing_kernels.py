@@ -5,7 +5,7 @@ As in `rows.py`, a pixel is a row of C channels.
 import triton
 import triton.language as tl
 
-from .rows import COUNTS, fold, load, place, row, sigmoid, store, store_backward_factors, store_row
+from .rows import COUNTS, SIZES, fold, load, place, row, sigmoid, store, store_backward_factors, store_row
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def attend_kernel(
         tl.store(at, attn, mask=(b < B)[:, None] & (n < 2 * C)[None, :])
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def train_attend_kernel(
         run_sums_ptr, weight1_ptr, bias1_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
         pooled_ptr, normed_ptr, hidden_ptr, x_scale_ptr, B, RUNS, C, A,
@@ -170,7 +170,7 @@ def train_attend_kernel(
         tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def train_attend_backward_kernel(
         grad_ptr, weight2_ptr, hidden_ptr, normed_ptr, weight_ptr, x_scale_ptr, grad_x_ptr, grads_ptr, B, C, A,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -254,7 +254,7 @@ def mix_sums_kernel(
     store_row(sums_ptr + 4 * C, tl.sum(slopes_x, 0), c, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def attn_grad_kernel(
         run_sums_ptr, attn_ptr, sums_ptr, grad_attn_ptr, RUNS, C,
         BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -281,7 +281,7 @@ def attn_grad_kernel(
     tl.store(grad_attn_ptr + b * (2 * C) + 2 * c + 1, grad, mask=c < C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def mixed_norm_backward_kernel(
         sums_ptr, attn_ptr, grad_attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P, C,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 # sizes that only count: a kernel of their own for each would take longer to compile than it gains
-COUNTS = ['B', 'P', 'H', 'W', 'X_H', 'X_W', 'LENGTH', 'RUNS', 'ROWS', 'DILATION', 'PARTS', 'C', 'A']
+COUNTS = ['B', 'P', 'H', 'W', 'X_H', 'X_W', 'LENGTH', 'RUNS', 'ROWS', 'DILATION', 'PARTS']
+SIZES = [*COUNTS, 'C', 'A']
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def moments_kernel(
     store_moments(moments_ptr, run, total, squares, center, end - first, c, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_kernel(
         moments_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, table_ptr,
         B, P, LENGTH, RUNS, C,
@@ -208,7 +209,7 @@ def store_backward_factors(
     store_row(factors_ptr + 4 * C, grad_bias, c, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_kernel(
         sums_ptr, weight_ptr, table_ptr, factors_ptr, B, P, ROWS, C,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
