@@ -43,7 +43,7 @@ WIDE = {
     'moments_kernel', 'norm_act_kernel', 'grad_sums_kernel', 'norm_backward_kernel', 'local_conv_kernel',
     'dynamic_context_kernel', 'value_grad_kernel', 'pool_kernel', 'mix_kernel', 'mix_sums_kernel',
     'mix_backward_kernel', 'avg_pool_kernel'}
-SPILLED = {'dynamic_context_kernel': 8}  # bytes of a thread, of all others none
+SPILLED = {'local_conv_kernel': 8}  # bytes of a thread, by some versions of Triton; of all others none
 
 
 class Variant(NamedTuple):
@@ -148,7 +148,8 @@ def assert_compiles_well(variant, capability):
     assert made.shared <= 4 * 1024, what
     assert 'atom.' not in made.ptx and 'red.global' not in made.ptx and 'red.async' not in made.ptx, what
     if variant.name in WIDE:
-        assert made.loads['v4.b32'] > 0 and not any(width.endswith('16') for width in made.loads), what
+        narrow = sum(count for width, count in made.loads.items() if width.endswith('16'))
+        assert made.loads['v4.b32'] > 0 and narrow <= (variant.name == 'moments_kernel'), what  # a row to be around
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['training', 'inference'])
@@ -201,4 +202,4 @@ def test_kernels_of_a_network_are_few():
     for variant in variants:
         assert_compiles_well(variant, 90)
     assert {v.name for v in variants} >= WIDE - {'dynamic_context_kernel'}
-    assert len(variants) <= 134, Counter(v.name for v in variants)
+    assert len(variants) <= 66, Counter(v.name for v in variants)

@@ -75,7 +75,7 @@ def test_programs_that_walk_far(tag, monkeypatch):
     monkeypatch.setattr(
         launch, '_walk', lambda images, pixels, tiles, block_p, programs=0, **blocks:
         walk(images, pixels, tiles, block_p, images * tiles, **blocks))
-    caches = launch.over_rows, launch.over_filters
+    caches = launch.over_rows, launch.over_halves, launch.over_filters
     for cache in caches:
         cache.cache_clear()
     try:

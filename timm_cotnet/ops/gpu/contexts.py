@@ -6,8 +6,7 @@ where autograd would keep six tensors more.
 
 Filters lie tap by tap, as `contexts_kernels.py` says; `tap_by_tap` brings those of a convolution into that order.
 """
-import functools
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,11 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import Walk, accumulator, image_rows, launch, over_filters, over_halves, power_of_2
+from .launch import Walk, accumulator, image_rows, launch, more_threads, over_filters, over_halves, power_of_2
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 _SMALL = 256  # pixels of an image, through which one program walks in little time
+_FEW = 32  # images, for which a launch costs more than what programs compute twice or one after the other
 
 
 class Mixing(NamedTuple):
@@ -72,7 +72,7 @@ def filter_table(
     (B, N), walk, (dtype, acc) = logits.shape[:2], image_rows(logits), accumulator(logits.dtype)
     conv_bias, weight, bias = conv_bias.contiguous(), weight.contiguous(), bias.contiguous()
     moments = logits.new_empty(B, walk.runs, 2, N, dtype=dtype)
-    launch(rows.moments_kernel, walk.grid, logits, moments, *walk.sizes, C=N, **walk.blocks, ACC=acc)
+    launch(rows.moments_kernel, walk.grid, logits, moments, *walk.rows, **walk.blocks, ACC=acc)
     table, means = moments.new_empty(B, 4, N), moments.new_empty(B, N)
     grid, sizes = _filter_tiles(B, s)
     launch(contexts_kernels.filter_norm_kernel, grid, moments, conv_bias, weight, bias, table, means, *walk.sizes,
@@ -82,11 +82,11 @@ def filter_table(
 
 def infer_filter_table(
         logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tensor:
-    """The first result of `filter_table`; of small images, which one launch can do, only its first two rows."""
+    """The first result of `filter_table`; of few small images, which one launch can do, only its first two rows."""
     from . import statistics_kernels
 
     B, N, H, W = logits.shape
-    if H * W > _SMALL:
+    if H * W > _SMALL or B > _FEW:
         return filter_table(logits, conv_bias, weight, bias, s)[0]
     dtype, acc = accumulator(logits.dtype)
     grid, sizes = _filter_tiles(B, s)
@@ -98,23 +98,18 @@ def infer_filter_table(
     return table
 
 
-@functools.lru_cache(maxsize=1024)
-def _shares_of_mixing(
-        B: int, C: int, hidden: int, runs: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
-    """Grid of the kernel that makes the logits of the mix, logits that a program has, and constants.
+def infer_attention(pooled: Tensor, mixing: Mixing) -> Tensor:
+    """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, (B, runs, C)."""
+    from . import mixing_kernels
 
-    Images that share a program share its weights, and few of them leave some logits to other programs.
-    """
-    images = 4 if B >= 64 and dtype != torch.float64 else 1
-    block_a, groups = power_of_2(hidden), -(-B // images)
-    fitting = 2 ** (12 if dtype == torch.float64 else 13) // (images * block_a)  # 32 products for each thread
-    block_c = max(16, min(32 if images > 1 else 64, power_of_2(C), fitting))
-    parts = max(1, min(-(-2 * C // block_c), -(-128 // groups)))
-    length = -(-2 * C // (parts * block_c)) * block_c
-    return (groups * -(-2 * C // length),), length, dict(
-        A=hidden, IMAGES=images, BLOCK_A=block_a, BLOCK_C=block_c,
-        UNROLLED=min(2 if images > 1 else 4, power_of_2(-(-C // block_c))),
-        STEPS=min(8, power_of_2(runs)), LOOP=runs > 8, num_warps=8)
+    (B, runs, C), hidden, acc = pooled.shape, len(mixing.bias1), accumulator(pooled.dtype)[1]
+    weight1, bias1, table, weight2, bias2 = (t if t is None else t.contiguous() for t in mixing)
+    attn = pooled.new_empty(B, 2 * C)
+    length = 2 * C if B > _FEW else 64  # few images leave some logits to other programs
+    launch(mixing_kernels.attend_kernel, (B * -(-2 * C // length),), pooled, weight1, bias1,
+           pooled if table is None else table, weight2, bias2, attn, runs, length,
+           C=C, A=hidden, NORMED=table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
+    return attn
 
 
 def infer_contexts(
@@ -147,16 +142,11 @@ def infer_contexts(
     dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
-           NORMED=value_table is not None)
-    grid, length, sizes = _shares_of_mixing(B, C, mixing.bias1.shape[0], walk.runs, dtype)
-    attn = pooled.new_empty(B, 2 * C)
-    mixing = Mixing(*(t if t is None else t.contiguous() for t in mixing))
-    launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
-           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
-           C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
-    walk = image_rows(value, 2)
-    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.sizes,
-           C=C, DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
+           NORMED=value_table is not None, **more_threads(value.element_size()))
+    attn = infer_attention(pooled, mixing)
+    walk = image_rows(value, sums=False)
+    launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.rows,
+           DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
     return dynamic
 
 
@@ -235,7 +225,7 @@ def train_forward(
     """
     from . import contexts_kernels as kernels, mixing_kernels
 
-    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value, 2), accumulator(value.dtype)
+    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value), accumulator(value.dtype)
     value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
     filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
     local_walk = _local_walk(value, s)
@@ -243,12 +233,12 @@ def train_forward(
     _local(kernels.local_conv_kernel, local_walk, value, s, value, logits, value_table, filters, local, moments)
     table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, local_walk)
     pooled = moments.new_empty(B, walk.runs, C)
-    launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.sizes,
-           C=C, **walk.blocks, ACC=acc)
+    launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.rows,
+           **walk.blocks, ACC=acc)
     attn, *hidden = _attend(pooled, p, averages[2], s.se_eps)
-    mixed = torch.empty_like(value)
-    launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.sizes,
-           C=C, DYNAMIC=False, **walk.blocks, ACC=acc)
+    mixed, walk = torch.empty_like(value), image_rows(value, sums=False)
+    launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.rows,
+           DYNAMIC=False, **walk.blocks, ACC=acc)
     return mixed, local, value_table, filters, means, table, attn, *hidden
 
 
@@ -272,8 +262,8 @@ def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: floa
     images, normed, hidden, x_scale = kept = like_attention(pooled, p)
     launch(mixing_kernels.train_attend_kernel, (A,),
            pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
-           averages.tracked, *kept, B, runs,
-           C=C, A=A, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(pooled.dtype)[1],
+           averages.tracked, *kept, B, runs, C, A,
+           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=32, ACC=accumulator(pooled.dtype)[1],
            num_warps=16)
     return F.linear(hidden, p.se_weight2.flatten(1), p.se_bias2), *kept
 
@@ -292,8 +282,8 @@ def _attend_backward(
     (B, C), A = pooled.shape, len(x_scale)
     grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
     launch(mixing_kernels.train_attend_backward_kernel, (A,),
-           grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B,
-           C=C, A=A, BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
+           grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B, C, A,
+           BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
     grad_weight, grad_bias, grad_bias1 = grads.unbind()
     return (
         grad_x.mm(p.se_weight1.flatten(1)), grad_x.t().mm(pooled).view(p.se_weight1.shape), grad_bias1, grad_weight,
@@ -325,46 +315,47 @@ def train_backward(
     from . import contexts_kernels as kernels, mixing_kernels, rows
 
     (B, C, H, W), N, (dtype, acc) = value.shape, logits.shape[1], accumulator(value.dtype)
-    walk, filter_walk = image_rows(value, 2), image_rows(logits, 2)
+    walk, filter_walk = image_rows(value), image_rows(logits)
 
     run_sums = value.new_empty(B, walk.runs, 5, C, dtype=dtype)
-    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, table, run_sums, *walk.sizes,
-           C=C, **walk.blocks, ACC=acc)
+    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, table, run_sums, *walk.rows,
+           **walk.blocks, ACC=acc)
     sums, grad_attn = run_sums.new_empty(B, 4, C), run_sums.new_empty(B, 2 * C)
-    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs,
-           C=C, BLOCK_C=64, ACC=acc)
+    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs, C,
+           BLOCK_C=64, ACC=acc)
     grad_pooled, *se_grads = _attend_backward(grad_attn, pooled, normed, hidden, x_scale, p)
 
     factors = table.new_empty(7, C)
     launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
-           sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W,
-           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+           sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W, C,
+           BLOCK_R=128, BLOCK_C=8, ACC=acc)
     _, grad_weight, grad_bias, grad_bias2 = factors.view(-1).split([3 * C, C, C, 2 * C])
-    grad_static, grad_local = torch.empty_like(static), torch.empty_like(local)
+    walk, grad_static, grad_local = image_rows(value, sums=False), torch.empty_like(static), torch.empty_like(local)
     launch(mixing_kernels.mix_backward_kernel, walk.grid,
-           grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.sizes,
-           C=C, **walk.blocks, ACC=acc)
+           grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.rows,
+           **walk.blocks, ACC=acc)
 
     local_walk = _local_walk(value, s)
     grad_value, sums = torch.empty_like(local), sums.new_empty(B, local_walk.runs, 2, C)
     _local(kernels.value_grad_kernel, local_walk, value, s,
-           grad_local, logits, value, value_table, filters, grad_value, sums)
+           grad_local, logits, value, value_table, filters, grad_value, sums, **more_threads(value.element_size()))
     factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, local_walk, B)
-    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.sizes,
-           C=C, FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
+    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.rows,
+           FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
     grad_logits = logits.new_empty(B * H * W, N)
     _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
            value, s, grad_local, value, value_table, grad_logits)
     sums = sums.new_empty(B, filter_walk.runs, 2, N)
-    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.sizes,
-           C=N, TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
+    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.rows,
+           TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
     factors, filter_grads = sums.new_empty(B, 3, N), sums.new_empty(B, 3, N)
     grid, sizes = _filter_tiles(B, s)
     launch(kernels.filter_norm_backward_kernel, grid,
            sums, p.filter_weight, filters, means, factors, filter_grads, H * W, filter_walk.runs, **sizes, ACC=acc)
+    filter_walk = image_rows(logits, sums=False)
     launch(rows.norm_backward_kernel, filter_walk.grid,
-           grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.sizes,
-           C=N, FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
+           grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.rows,
+           FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
     return [grad_value, grad_logits, grad_static, *value_grads, grad_weight, grad_bias, *se_grads, grad_bias2,
             filter_grads]

@@ -292,7 +292,8 @@ def value_grad_kernel(
             grad_ptr, logits_ptr, filter_table_ptr, p, end, c, other, n, H, W, DILATION, C, N, GS, K, True, ACC)
         store(out_ptr, grad, p, end, c, C)
         total += fold(grad, FOLD)
-        products += fold(grad * normed(load(value_ptr, p, end, c, C, ACC), 1, value_table_ptr + 2 * C, p, c, C, ACC), FOLD)
+        products += fold(
+            grad * normed(load(value_ptr, p, end, c, C, ACC), 1, value_table_ptr + 2 * C, p, c, C, ACC), FOLD)
         store(out_ptr, grad1, p, end, other, C)
         total1 += fold(grad1, FOLD)
         products1 += fold(

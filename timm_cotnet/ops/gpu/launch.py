@@ -1,6 +1,7 @@
 """How programs of the Triton kernels share tensors, chosen by shape without timing anything; and their launch."""
 import ctypes
 import functools
+import math
 import struct
 import threading
 from functools import reduce
@@ -13,9 +14,6 @@ from torch import Tensor
 PROGRAMS = 1056  # eight for each of an H100's multiprocessors
 THREADS = 128
 VECTOR = 16  # bytes that a thread loads at once
-LINE = 128
-LOADS = 2
-HALF_PROGRAMS = 2 * PROGRAMS
 
 
 class Repeat(NamedTuple):
@@ -144,6 +142,7 @@ class Walk(NamedTuple):
     grid: Tuple[int]
     sizes: Tuple[int, int, int]  # pixels of an image, LENGTH, RUNS
     blocks: Dict[str, int]
+    rows: Tuple[int, int, int, int] = ()  # sizes, and channels divided by ALIGN
 
     @property
     def runs(self) -> int:
@@ -164,15 +163,24 @@ def _walk(images: int, pixels: int, tiles: int, block_p: int, programs: int = PR
 
 
 @functools.lru_cache(maxsize=4096)
-def over_rows(images: int, pixels: int, channels: int, itemsize: int, loads: int = 4) -> Walk:
-    """For kernels over rows of channels, of which each thread loads `loads` vectors at a time."""
+def over_rows(
+        images: int, pixels: int, channels: int, itemsize: int, loads: int = 4, sums: bool = True) -> Walk:
+    """For kernels over rows of channels, of which each thread loads `loads` vectors at a time.
+
+    Where programs leave sums behind they are fewer, and of few pixels each is one warp, as several would take longer to
+    add up theirs than to make them.
+    """
     widest = 128 // itemsize
     tiles = [t for t in (16, 32, 64, 128) if min(32, widest) <= t <= widest]
     tile = min(tiles, key=lambda t: (-(-channels // t) * t, -t))  # of which few channels are left over
-    vectors = THREADS * VECTOR // itemsize  # elements of one vector for each thread
+    warps = 1 if sums and pixels <= 256 else THREADS // 32
+    vectors = 32 * warps * VECTOR // itemsize  # elements of one vector for each thread
     block_p = min(loads * vectors // tile, power_of_2(pixels))
-    fold = max(1, block_p * tile // vectors)
-    return _walk(images, pixels, -(-channels // tile), block_p, BLOCK_C=tile, FOLD=fold)
+    align = math.gcd(channels, 16)
+    walk = _walk(
+        images, pixels, -(-channels // tile), block_p, PROGRAMS * (4 // warps if sums else 4),
+        BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors), ALIGN=align, num_warps=warps)
+    return walk._replace(rows=(*walk.sizes, channels // align))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -180,12 +188,20 @@ def over_halves(images: int, pixels: int, channels: int, filters: int, groups: i
     """For the local convolution, whose threads have a filter for two channels: `contexts_kernels.place_halves`."""
     filters, channels = filters // groups, channels // groups
     half = -(-channels // filters // 2) * filters
-    tile = min(power_of_2(half), LINE // itemsize)
+    tile = min(power_of_2(half), 128 // itemsize)
     vectors = THREADS * VECTOR // itemsize
-    block_p = max(1, min(LOADS * vectors // tile, power_of_2(pixels)))
+    block_p = max(1, min(vectors // tile, power_of_2(pixels)))
     return _walk(
-        images, pixels, groups * -(-half // tile), block_p, HALF_PROGRAMS,
+        images, pixels, groups * -(-half // tile), block_p, 2 * PROGRAMS,
         HALF=half, BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors))
+
+
+def more_threads(itemsize: int) -> Dict[str, int]:
+    """Options of a kernel that waits for memory more than it computes: fewer registers for each of more threads.
+
+    ROCm has no such option, and of 64 bits it would be too few.
+    """
+    return {} if torch.version.hip or itemsize == 8 else dict(maxnreg=128)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -206,12 +222,12 @@ def accumulator(dtype: torch.dtype):
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def all_rows(x: Tensor, loads: int = 4) -> Walk:
+def all_rows(x: Tensor, loads: int = 2, sums: bool = True) -> Walk:
     """A walk over x, (B, C, H, W), all of whose images are one."""
-    return over_rows(1, x.numel() // x.shape[1], x.shape[1], x.element_size(), loads)
+    return over_rows(1, x.numel() // x.shape[1], x.shape[1], x.element_size(), loads, sums)
 
 
-def image_rows(x: Tensor, loads: int = 4) -> Walk:
+def image_rows(x: Tensor, loads: int = 2, sums: bool = True) -> Walk:
     """A walk over x, (B, C, H, W), image by image."""
     B, C, H, W = x.shape
-    return over_rows(B, H * W, C, x.element_size(), loads)
+    return over_rows(B, H * W, C, x.element_size(), loads, sums)

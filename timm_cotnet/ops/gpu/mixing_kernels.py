@@ -5,7 +5,7 @@ As in `rows.py`, a pixel is a row of C channels.
 import triton
 import triton.language as tl
 
-from .rows import COUNTS, fold, load, place, row, sigmoid, store, store_backward_factors, store_row
+from .rows import COUNTS, SIZES, fold, load, place, row, sigmoid, store, store_backward_factors, store_row
 
 
 @triton.jit
@@ -17,10 +17,11 @@ def load_static_weight(attn_ptr, c, mask, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def pool_kernel(
-        out_ptr, static_ptr, table_ptr, pooled_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        out_ptr, static_ptr, table_ptr, pooled_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Sums of both contexts over each run, divided by the number of pixels: (B, RUNS, C)."""
+    C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     out_ptr += b * P * C
     static_ptr += b * P * C
@@ -35,11 +36,12 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mix_kernel(
-        out_ptr, static_ptr, attn_ptr, table_ptr, mixed_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, DYNAMIC: tl.constexpr,
+        out_ptr, static_ptr, attn_ptr, table_ptr, mixed_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, DYNAMIC: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Mix of the contexts; out is the dynamic context if DYNAMIC, else the local convolution before its norm."""
+    C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     out_ptr += b * P * C
     static_ptr += b * P * C
@@ -57,63 +59,48 @@ def mix_kernel(
         store(mixed_ptr, dynamic * (1 - of_static) + static * of_static, p, end, c, C)
 
 
-@triton.jit
-def sum_of_runs(at, run, RUNS, mask, C: tl.constexpr, STEPS: tl.constexpr):
-    """Sum of the next STEPS rows, all of which are on their way at once."""
-    total = tl.load(at + run * C, mask=mask, other=0)
-    for i in tl.static_range(1, STEPS):
-        total += tl.load(at + (run + i) * C, mask=mask & (run + i < RUNS), other=0)
-    return total
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
-        pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, B, RUNS, LENGTH,
+        pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, RUNS, LENGTH,
         C: tl.constexpr, A: tl.constexpr, NORMED: tl.constexpr,
-        IMAGES: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, UNROLLED: tl.constexpr,
-        STEPS: tl.constexpr, LOOP: tl.constexpr, ACC: tl.constexpr,
+        BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """For inference: the logits of the mix, (B, 2 * C), from the sums of each run, (B, RUNS, C).
 
     Two matrix products with ReLU between them, and if NORMED a norm, of which table has scale and shift. A program has
-    LENGTH logits of IMAGES images, for which it reads weights once. The axes are (image, A, C).
+    LENGTH logits of an image.
     """
     PARTS = (2 * C + LENGTH - 1) // LENGTH
-    pid = tl.program_id(0)
-    b = (pid // PARTS * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)
+    b = (tl.program_id(0) // PARTS).to(tl.int64)
     a = tl.arange(0, BLOCK_A)
-    products = tl.zeros((IMAGES, BLOCK_A, BLOCK_C), ACC)
-    for first in range(0, C, UNROLLED * BLOCK_C):
-        for i in tl.static_range(UNROLLED):
-            c = (first + i * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :]
-            weight = tl.load(weight1_ptr + a[None, :, None] * C + c, mask=(a < A)[None, :, None] & (c < C), other=0)
-            at, mask = pooled_ptr + (b * RUNS)[:, None, None] * C + c, (b < B)[:, None, None] & (c < C)
-            pooled = tl.zeros((IMAGES, 1, BLOCK_C), ACC)
-            if LOOP:
-                for run in range(0, RUNS, STEPS):
-                    pooled += sum_of_runs(at, run, RUNS, mask, C, STEPS)
-            else:
-                pooled += sum_of_runs(at, 0, RUNS, mask, C, STEPS)
-            products += weight.to(ACC) * pooled
-    hidden = tl.sum(products, 2) + row(bias1_ptr, a, A, ACC)[None, :]
+    in_hidden = a < A
+    hidden = tl.load(bias1_ptr + a, mask=in_hidden, other=0).to(ACC)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        pooled = tl.zeros((BLOCK_C,), ACC)
+        for run in range(RUNS):
+            pooled += row(pooled_ptr + (b * RUNS + run) * C, c, C, ACC)
+        mask = in_hidden[:, None] & (c < C)[None, :]
+        weight = tl.load(weight1_ptr + a[:, None] * C + c[None, :], mask=mask, other=0).to(ACC)
+        hidden += tl.sum(weight * pooled[None, :], 1)
     if NORMED:
-        hidden = hidden * row(table_ptr, a, A, ACC)[None, :] + row(table_ptr + A, a, A, ACC)[None, :]
-    hidden = tl.where((hidden <= 0) | (a >= A)[None, :], 0, hidden)  # a NaN stays one
-    begin = pid % PARTS * LENGTH
-    for start in range(begin, begin + LENGTH, BLOCK_C):
-        n = start + tl.arange(0, BLOCK_C)
-        inside = (n < 2 * C)[None, :, None] & (a < A)[None, None, :]
-        weight2 = tl.load(weight2_ptr + n[None, :, None] * A + a[None, None, :], mask=inside, other=0).to(ACC)
-        attn = tl.sum(weight2 * hidden[:, None, :], 2) + row(bias2_ptr, n, 2 * C, ACC)[None, :]
-        at = attn_ptr + b[:, None] * (2 * C) + n[None, :]
-        tl.store(at, attn, mask=(b < B)[:, None] & (n < 2 * C)[None, :])
+        hidden = hidden * tl.load(table_ptr + a, mask=in_hidden, other=0) \
+            + tl.load(table_ptr + A + a, mask=in_hidden, other=0)
+    hidden = tl.where((hidden <= 0) | (a >= A), 0, hidden)
+    begin = tl.program_id(0) % PARTS * LENGTH
+    for first in range(begin, begin + LENGTH, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mask = (c < 2 * C)[:, None] & in_hidden[None, :]
+        weight = tl.load(weight2_ptr + c[:, None] * A + a[None, :], mask=mask, other=0).to(ACC)
+        attn = tl.sum(weight * hidden[None, :], 1) + row(bias2_ptr, c, 2 * C, ACC)
+        tl.store(attn_ptr + b * (2 * C) + c, attn, mask=c < 2 * C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def train_attend_kernel(
         run_sums_ptr, weight1_ptr, bias1_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
-        pooled_ptr, normed_ptr, hidden_ptr, x_scale_ptr, B, RUNS,
-        C: tl.constexpr, A: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
+        pooled_ptr, normed_ptr, hidden_ptr, x_scale_ptr, B, RUNS, C, A,
+        EPS: tl.constexpr, MOMENTUM: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """In training what the second convolution of the mixing gets, (B, A), from sums of each run, (B, RUNS, C).
@@ -168,10 +155,10 @@ def train_attend_kernel(
         tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def train_attend_backward_kernel(
-        grad_ptr, weight2_ptr, hidden_ptr, normed_ptr, weight_ptr, x_scale_ptr, grad_x_ptr, grads_ptr, B,
-        C: tl.constexpr, A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        grad_ptr, weight2_ptr, hidden_ptr, normed_ptr, weight_ptr, x_scale_ptr, grad_x_ptr, grads_ptr, B, C, A,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradient of what the mixing's norm got, (B, A), from that of the logits, (B, 2 * C).
 
@@ -212,14 +199,15 @@ def train_attend_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mix_sums_kernel(
-        grad_ptr, out_ptr, static_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        grad_ptr, out_ptr, static_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """All that the gradients of the mixing weights and of the norm need, though they need each other: (B, RUNS, 5, C).
 
     With z what the norm puts out, x that without weight and bias, and a' the derivative of SiLU at z, these are sums of
     grad * (static - silu(z)), grad * a', a', grad * a' * x and a' * x.
     """
+    C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     out_ptr += b * P * C
@@ -251,14 +239,14 @@ def mix_sums_kernel(
     store_row(sums_ptr + 4 * C, tl.sum(slopes_x, 0), c, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def attn_grad_kernel(
-        run_sums_ptr, attn_ptr, sums_ptr, grad_attn_ptr, RUNS,
-        C: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        run_sums_ptr, attn_ptr, sums_ptr, grad_attn_ptr, RUNS, C,
+        BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """Sums of `mix_sums_kernel` over the runs, without the first: (B, 4, C). Of that the gradient of the mix's logits,
     (B, 2 * C)."""
-    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TILES = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     b = (pid // TILES).to(tl.int64)
@@ -278,10 +266,10 @@ def attn_grad_kernel(
     tl.store(grad_attn_ptr + b * (2 * C) + 2 * c + 1, grad, mask=c < C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def mixed_norm_backward_kernel(
-        sums_ptr, attn_ptr, grad_attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P,
-        C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        sums_ptr, attn_ptr, grad_attn_ptr, grad_pooled_ptr, weight_ptr, table_ptr, factors_ptr, B, P, C,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """`store_backward_factors` of the norm behind the local convolution, from sums (B, 4, C) of `attn_grad_kernel`.
 
@@ -312,10 +300,11 @@ def mixed_norm_backward_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def mix_backward_kernel(
         grad_ptr, out_ptr, attn_ptr, grad_pooled_ptr, table_ptr, factors_ptr, grad_static_ptr, grad_out_ptr,
-        P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradients of the static context and of the local convolution."""
+    C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     out_ptr += b * P * C

@@ -29,10 +29,10 @@ def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: 
     from . import rows
 
     x, residual = _dense(x, residual)
-    out, walk = torch.empty_like(x), all_rows(x)
+    out, walk = torch.empty_like(x), all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid,
-           x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.sizes,
-           C=x.shape[1], RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
+           x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.rows,
+           RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
     return out
 
 
@@ -65,9 +65,9 @@ def norm_again(x: Tensor, table: Tensor, relu: bool = True, residual: Optional[T
     """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward."""
     from . import rows
 
-    out, walk = torch.empty_like(x), all_rows(x)
-    launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.sizes,
-           C=x.shape[1], RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
+    out, walk = torch.empty_like(x), all_rows(x, sums=False)
+    launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.rows,
+           RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
     return out
 
 
@@ -85,15 +85,15 @@ def norm_backward(
     """
     from . import rows
 
-    C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x)
+    C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x, 4)
     out = out if relu else x
     sums = x.new_empty(walk.runs, 2, C, dtype=dtype)
-    launch(rows.grad_sums_kernel, walk.grid, grad, x, out, table, sums, *walk.sizes, C=C, TABLE_ROWS=0, RELU=relu,
+    launch(rows.grad_sums_kernel, walk.grid, grad, x, out, table, sums, *walk.rows, TABLE_ROWS=0, RELU=relu,
            **walk.blocks, ACC=acc)
     factors, grads = batch_norm_backward(sums, weight, table, walk)
-    grad_x = torch.empty_like(x)
+    grad_x, walk = torch.empty_like(x), all_rows(x, sums=False)
     grad_residual = torch.empty_like(x) if with_residual and relu else grad
-    launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.sizes, C=C,
+    launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.rows,
            FACTOR_ROWS=0, RELU=relu, RESIDUAL=with_residual and relu, **walk.blocks, ACC=acc)
     return grad_x, grad_residual, grads
 
@@ -127,7 +127,7 @@ def batch_norm_table(x: Tensor, weight: Tensor, bias: Tensor, averages: Averages
 
     C, walk, (dtype, acc) = x.shape[1], all_rows(x), accumulator(x.dtype)
     moments = x.new_empty(walk.runs, 2, C, dtype=dtype)
-    launch(rows.moments_kernel, walk.grid, x, moments, *walk.sizes, C=C, **walk.blocks, ACC=acc)
+    launch(rows.moments_kernel, walk.grid, x, moments, *walk.rows, **walk.blocks, ACC=acc)
     return table_of_moments(moments, 1, weight, bias, averages, eps, walk)
 
 
@@ -146,8 +146,8 @@ def table_of_moments(
     C, (_, acc) = moments.shape[-1], accumulator(moments.dtype)
     table = moments.new_empty(4, C)
     launch(rows.batch_norm_kernel, (-(-C // 8),),
-           moments, weight, bias, averages.mean, averages.var, averages.tracked, table, images, *walk.sizes,
-           C=C, EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+           moments, weight, bias, averages.mean, averages.var, averages.tracked, table, images, *walk.sizes, C,
+           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=256, BLOCK_C=8, ACC=acc)
     return table
 
 
@@ -164,8 +164,8 @@ def batch_norm_backward(
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
     factors = table.new_empty(5, C)
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
-           sums, weight, table, factors, images, walk.sizes[0], images * walk.runs,
-           C=C, BLOCK_R=256, BLOCK_C=8, ACC=acc)
+           sums, weight, table, factors, images, walk.sizes[0], images * walk.runs, C,
+           BLOCK_R=256, BLOCK_C=8, ACC=acc)
     return factors, (factors.select(0, 3), factors.select(0, 4))
 
 

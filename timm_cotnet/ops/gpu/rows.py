@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 # sizes that only count: a kernel of their own for each would take longer to compile than it gains
-COUNTS = ['B', 'P', 'H', 'W', 'X_H', 'X_W', 'LENGTH', 'RUNS', 'ROWS', 'DILATION']
+COUNTS = ['B', 'P', 'H', 'W', 'X_H', 'X_W', 'LENGTH', 'RUNS', 'ROWS', 'DILATION', 'PARTS']
+SIZES = [*COUNTS, 'C', 'A']
 
 
 @triton.jit
-def place(P, LENGTH, RUNS, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def place(P, LENGTH, RUNS, C, BLOCK_C: tl.constexpr):
     """This program's run, its image (in 64 bits), first pixel and end, and its channels."""
-    TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TILES = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     run = pid // TILES
@@ -24,26 +25,26 @@ def place(P, LENGTH, RUNS, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, p, end, c, C: tl.constexpr, ACC: tl.constexpr):
+def load(ptr, p, end, c, C, ACC: tl.constexpr):
     """Channels c of pixels p, (pixels, channels); zero where there are none."""
     mask = (p < end)[:, None] & (c < C)[None, :]
     return tl.load(ptr + p[:, None] * C + c[None, :], mask=mask, other=0).to(ACC)
 
 
 @triton.jit
-def store(ptr, x, p, end, c, C: tl.constexpr):
+def store(ptr, x, p, end, c, C):
     mask = (p < end)[:, None] & (c < C)[None, :]
     tl.store(ptr + p[:, None] * C + c[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def row(ptr, c, C: tl.constexpr, ACC: tl.constexpr):
+def row(ptr, c, C, ACC: tl.constexpr):
     """A number for each channel."""
     return tl.load(ptr + c, mask=c < C, other=0).to(ACC)
 
 
 @triton.jit
-def store_row(ptr, x, c, C: tl.constexpr):
+def store_row(ptr, x, c, C):
     tl.store(ptr + c, x.to(ptr.dtype.element_ty), mask=c < C)
 
 
@@ -59,7 +60,7 @@ def fold(x, FOLD: tl.constexpr):
 
 
 @triton.jit
-def store_moments(moments_ptr, run, total, squares, center, count, c, C: tl.constexpr):
+def store_moments(moments_ptr, run, total, squares, center, count, c, C):
     """Mean and sum of squares around it from the sums of x - center and of its squares."""
     total = tl.sum(total, 0)
     mean = total / count
@@ -69,10 +70,11 @@ def store_moments(moments_ptr, run, total, squares, center, count, c, C: tl.cons
 
 @triton.jit(do_not_specialize=COUNTS)
 def moments_kernel(
-        x_ptr, moments_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+        x_ptr, moments_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Mean of each channel and sum of squares around it, of every run: (B, RUNS, 2, C)."""
+    C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     x_ptr += b * P * C
     center = row(x_ptr + first.to(tl.int64) * C, c, C, ACC)  # squares around it do not cancel
@@ -86,11 +88,11 @@ def moments_kernel(
     store_moments(moments_ptr, run, total, squares, center, end - first, c, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_kernel(
         moments_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, table_ptr,
-        B, P, LENGTH, RUNS,
-        C: tl.constexpr, EPS: tl.constexpr, MOMENTUM: tl.constexpr,
+        B, P, LENGTH, RUNS, C,
+        EPS: tl.constexpr, MOMENTUM: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """From moments what a batch norm does to each channel, x * scale + shift, and without its weight and bias: (4, C).
@@ -140,11 +142,12 @@ def running_norm_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def norm_act_kernel(
-        x_ptr, residual_ptr, table_ptr, out_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+        x_ptr, residual_ptr, table_ptr, out_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """act(x * scale + shift + residual)."""
+    C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     x_ptr += b * P * C
     residual_ptr += b * P * C
@@ -162,8 +165,8 @@ def norm_act_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def grad_sums_kernel(
-        grad_ptr, x_ptr, out_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, TABLE_ROWS: tl.constexpr, RELU: tl.constexpr,
+        grad_ptr, x_ptr, out_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, TABLE_ROWS: tl.constexpr, RELU: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Sums of a norm's gradient, and of its product with the input normed without weight and bias: (B, RUNS, 2, C).
@@ -171,6 +174,7 @@ def grad_sums_kernel(
     With RELU the gradient is that of the output, of which out tells where it was zero. Tables are those of each image,
     of TABLE_ROWS rows, or of all if that is 0; the last two of four rows count.
     """
+    C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     x_ptr += b * P * C
@@ -192,7 +196,7 @@ def grad_sums_kernel(
 
 @triton.jit
 def store_backward_factors(
-        factors_ptr, weight_ptr, table_ptr, grad_bias, grad_weight, count, c, C: tl.constexpr, ACC: tl.constexpr):
+        factors_ptr, weight_ptr, table_ptr, grad_bias, grad_weight, count, c, C, ACC: tl.constexpr):
     """What turns the gradient of a norm's output into that of its input, grad * f0 + x * f1 + f2, and behind that the
     gradients of its weight and bias: (5, C)."""
     x_scale, x_shift = row(table_ptr + 2 * C, c, C, ACC), row(table_ptr + 3 * C, c, C, ACC)
@@ -205,10 +209,10 @@ def store_backward_factors(
     store_row(factors_ptr + 4 * C, grad_bias, c, C)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_kernel(
-        sums_ptr, weight_ptr, table_ptr, factors_ptr, B, P, ROWS,
-        C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+        sums_ptr, weight_ptr, table_ptr, factors_ptr, B, P, ROWS, C,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """`store_backward_factors` from sums of all rows, (ROWS, 2, C), those of `grad_sums_kernel`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -225,8 +229,8 @@ def batch_norm_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
-        grad_ptr, x_ptr, out_ptr, factors_ptr, grad_x_ptr, grad_residual_ptr, P, LENGTH, RUNS,
-        C: tl.constexpr, FACTOR_ROWS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+        grad_ptr, x_ptr, out_ptr, factors_ptr, grad_x_ptr, grad_residual_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, FACTOR_ROWS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Gradient of a norm's input from that of its output, and if RESIDUAL that of what was added to it.
@@ -234,6 +238,7 @@ def norm_backward_kernel(
     With RELU the gradient is that behind it, see `grad_sums_kernel`. Factors are those of each image, of FACTOR_ROWS
     rows, or of all if that is 0.
     """
+    C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     x_ptr += b * P * C
