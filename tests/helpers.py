@@ -14,6 +14,7 @@ from torch import nn
 import timm_cotnet
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
+from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.shifted import LocalConvShifted
 from timm_cotnet.ops.watch import TELLS_EXPORTING
 
@@ -73,6 +74,19 @@ def difference(actual, expected):
         return 0.
     assert actual.isfinite().all() and expected.isfinite().all()
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)).item()
+
+
+def assert_parts_are_as_pytorch_wants_them(name, layer, x):
+    """The operators of forward and backward of a `LayerOperator`, which have no gradients."""
+    (x, parameters, averages, *numbers), _ = arguments_of(layer, x.detach())
+    parameters = [p.detach() for p in parameters]
+    forward, backward = (getattr(torch.ops.timm_cotnet, name + part) for part in ('_forward', '_backward'))
+    args = (x, parameters, averages, *numbers)
+    out, *kept = forward(*args)[:-len(averages)]
+    needed = [i != 1 for i in range(1 + len(parameters))]
+    of_backward = (torch.ones_like(out), x, parameters, kept, needed, *numbers)
+    for operator, inputs in ((forward, args), (backward, of_backward)):
+        assert set(torch.library.opcheck(operator, inputs).values()) == {'SUCCESS'}
 
 
 def implementations(module, *args):

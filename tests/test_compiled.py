@@ -3,7 +3,8 @@ import copy
 
 import pytest
 import torch
-from helpers import MODULES, create, difference, image, needs_export_flag, needs_kernels
+from helpers import (
+    MODULES, assert_parts_are_as_pytorch_wants_them, create, difference, image, needs_export_flag, needs_kernels)
 from torch._dynamo import compiled_autograd
 
 from timm_cotnet import CotLayer, local_conv
@@ -112,6 +113,11 @@ def test_operator_is_as_pytorch_wants_it():
     x = image(3, 32, memory_format=torch.channels_last).requires_grad_()
     args, _ = arguments_of(create('CoxtLayer'), x)
     assert set(torch.library.opcheck(conditions.cpu.train_cot_layer.operator, args).values()) == {'SUCCESS'}
+
+
+def test_forward_and_backward_are_as_pytorch_wants_them():
+    x = image(3, 32, memory_format=torch.channels_last)
+    assert_parts_are_as_pytorch_wants_them('train_cot_layer_on_cpu', create('CotLayer'), x)
 
 
 def test_definition():

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import needs_export_flag
+from helpers import assert_parts_are_as_pytorch_wants_them, needs_export_flag
 from triton_helpers import (
     DEVICE, INTERPRETED, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
     gradients_of_gradients, kernels, of_zero_gradient, outside, passed_in_the_interpreter, plain)
@@ -144,6 +144,12 @@ def test_operator_is_as_pytorch_wants_it():
 
 
 @kernels
+def test_forward_and_backward_are_as_pytorch_wants_them():
+    layer, x = create('small_coxt')
+    assert_parts_are_as_pytorch_wants_them('train_cot_layer', layer, x)
+
+
+@kernels
 def test_local_conv_is_as_pytorch_wants_it():
     x = torch.randn(2, 8, 3, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 2, 9, 3, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
@@ -169,6 +175,22 @@ def test_inference(tag, folded):
     for memory_format in (torch.channels_last, torch.contiguous_format):
         out = compiled(layer)(x.contiguous(memory_format=memory_format))
         assert error(out, expected) < 1e-5 and out.is_contiguous(memory_format=memory_format)
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('normed', [False, True])
+def test_inference_operator_is_as_pytorch_wants_it(normed):
+    value, static = (torch.randn(2, 8, 3, 2, device=DEVICE) for _ in range(2))
+    of_filters = [torch.randn(18, device=DEVICE) for _ in range(3)]
+    table, of_mixing = torch.randn(2, 8, device=DEVICE), torch.randn(2, 4, device=DEVICE)
+    args = (
+        value, torch.randn(2, 18, 3, 2, device=DEVICE), static, of_filters, table if normed else None,
+        table if normed else table[0], torch.randn(4, 8, 1, 1, device=DEVICE), of_mixing[0],
+        of_mixing if normed else None, torch.randn(16, 4, 1, 1, device=DEVICE), torch.randn(16, device=DEVICE),
+        3, 1, 1, 2, 1e-5)
+    results = torch.library.opcheck(torch.ops.timm_cotnet.infer_contexts, args)
+    assert set(results.values()) == {'SUCCESS'}
 
 
 @kernels

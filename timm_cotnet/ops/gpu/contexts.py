@@ -165,31 +165,23 @@ def compiled_contexts(
     Args, besides those of `infer_contexts`:
         filter_parameters: Bias of the convolution that makes the filters, weight and bias of their norm, (N) each.
     """
-    return _operator(
+    return torch.ops.timm_cotnet.infer_contexts(
         value, logits, static, list(filter_parameters), value_table, table, *mixing, s.kernel_size, s.dilation,
         s.groups, s.num_filters, s.filter_eps)
 
 
-@torch.library.custom_op('timm_cotnet::infer_contexts', mutates_args=())
-def _operator(
-        value: Tensor,
-        logits: Tensor,
-        static: Tensor,
-        filter_parameters: Sequence[Tensor],
-        value_table: Optional[Tensor],
-        table: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        mixing_table: Optional[Tensor],
-        weight2: Tensor,
-        bias2: Tensor,
-        kernel_size: int,
-        dilation: int,
-        groups: int,
-        num_filters: int,
-        filter_eps: float,
-) -> Tensor:
-    s = ContextsSettings(kernel_size, dilation, groups, num_filters, filter_eps=filter_eps)
+# without what `torch.library.custom_op` does around each call, which takes longer than the kernels
+_LIBRARY = torch._library.custom_ops.get_library_allowing_overwrite('timm_cotnet', 'infer_contexts')
+_LIBRARY.define(
+    'infer_contexts(Tensor value, Tensor logits, Tensor static, Tensor[] filter_parameters, Tensor? value_table, '
+    'Tensor table, Tensor weight1, Tensor bias1, Tensor? mixing_table, Tensor weight2, Tensor bias2, int kernel_size, '
+    'int dilation, int groups, int num_filters, float filter_eps) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(_LIBRARY, 'infer_contexts', 'CompositeExplicitAutograd')
+def _(value, logits, static, filter_parameters, value_table, table, weight1, bias1, mixing_table, weight2, bias2,
+      *numbers):
+    s = ContextsSettings(*numbers[:4], filter_eps=numbers[4])
     value, logits, static = map(channels_last, (value, logits, static))
     with torch.cuda.device_of(value):
         filters = infer_filter_table(logits, *filter_parameters, s)
@@ -197,7 +189,7 @@ def _operator(
         return infer_contexts(value, logits, static, filters, value_table, table, mixing, s)
 
 
-@_operator.register_fake
+@torch.library.register_fake('timm_cotnet::infer_contexts', lib=_LIBRARY)
 def _(value, *args):
     return torch.empty_like(value, memory_format=torch.channels_last)
 
@@ -249,7 +241,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def like_attention(pooled: Tensor, p: TrainingParameters) -> Tuple[Tensor, ...]:
     """Empty tensors that `_attend` fills for the backward; pooled, (B, ..., C), is in the dtype of tables."""
-    (B, *_, C), A = pooled.shape, len(p.se_bias1)
+    (B, *_, C), A = pooled.shape, p.se_bias1.shape[0]
     return (pooled.new_empty((B, C), dtype=p.se_weight1.dtype), pooled.new_empty(B, A),
             pooled.new_empty((B, A), dtype=p.se_weight2.dtype), pooled.new_empty(A))
 
@@ -258,7 +250,7 @@ def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: floa
     """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, and what the backward needs."""
     from . import mixing_kernels
 
-    (B, runs, C), A = pooled.shape, len(p.se_bias1)
+    (B, runs, C), A = pooled.shape, p.se_bias1.shape[0]
     images, normed, hidden, x_scale = kept = like_attention(pooled, p)
     launch(mixing_kernels.train_attend_kernel, (A,),
            pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
@@ -279,7 +271,7 @@ def _attend_backward(
     """Gradients of the pooled contexts and of the parameters but for the last one, which is a sum over images."""
     from . import mixing_kernels
 
-    (B, C), A = pooled.shape, len(x_scale)
+    (B, C), A = pooled.shape, x_scale.shape[0]
     grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
     launch(mixing_kernels.train_attend_backward_kernel, (A,),
            grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B, C, A,

@@ -77,7 +77,7 @@ def layer_backward(
 def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tensor]:
     """Empty tensors like those that `layer_forward` keeps."""
     p = grouped(parameters)
-    (B, C, H, W), N, hidden = x.shape, len(p.rest.filter_weight), len(p.first_weight)
+    (B, C, H, W), N, hidden = x.shape, p.rest.filter_weight.shape[0], p.first_weight.shape[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def rows(channels: int) -> Tensor:

@@ -36,7 +36,8 @@ def key_groups(p: Parameters, s: Settings) -> int:
 
 def like_matrices(p: Parameters, s: Settings) -> Matrices:
     """Empty ones."""
-    (C, part, *size), H, N, options = p.key.shape, len(p.first), len(p.attn), dict(dtype=s.dtype, device=p.key.device)
+    (C, part, *size), H, N = p.key.shape, p.first.shape[0], p.attn.shape[0]
+    options = dict(dtype=s.dtype, device=p.key.device)
     channels = part * s.key_groups // key_groups(p, s)
     return Matrices(
         torch.empty((C, channels, *size), memory_format=torch.channels_last, **options),
@@ -97,7 +98,7 @@ def _key(weight: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
 
 def _sizes(p: Parameters, s: Settings, steps: Tuple[int, int], needed: Sequence[bool]) -> Tuple[Tuple[int, ...], int]:
     """What the kernels take as integers, and the number of programs that copy."""
-    (C, part, height, width), H, N = p.key.shape, len(p.first), len(p.attn)
+    (C, part, height, width), H, N = p.key.shape, p.first.shape[0], p.attn.shape[0]
     dense = s.key_groups if key_groups(p, s) != s.key_groups else 1  # groups that the matrix does without
     elements = (C * part * dense * height * width, H * C, N * H, C * C)
     key, first, attn, value = programs = [-(-n // _BLOCK) if need else 0 for n, need in zip(elements, needed)]
