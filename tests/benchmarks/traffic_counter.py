@@ -151,7 +151,7 @@ class Counter(TorchDispatchMode):
             Event(name, kind, launches, sum(map(size_of, read)), sum(map(size_of, written)), flops))
 
     def _operator(self, name: str, args: Sequence, kwargs: Dict[str, Any], out: Any) -> None:
-        tensors = _tensors((args, kwargs))
+        tensors = _tensors((args, {key: value for key, value in kwargs.items() if key != 'out'}))
         read = [] if name in _WRITE_ONLY else tensors[1:] if name == 'copy_' else tensors
         launches = _LAUNCHES.get(name, 1)
         if name == 'native_batch_norm' and not args[5]:

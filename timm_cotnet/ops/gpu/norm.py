@@ -13,11 +13,11 @@ from .launch import Walk, accumulator, all_rows, launch
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`relu(norm(x) + residual)` with the statistics of the batch, (B, C, H, W) -> (B, C, H, W), channels-last."""
     parameters = norm._parameters
-    x, residual = _dense(x, residual)  # out here, so that a second derivative knows where they come from
+    x, residual = dense(x, residual)  # out here, so that a second derivative knows where they come from
     return NormAct.apply(x, residual, parameters['weight'], parameters['bias'], averages_of(norm), norm.eps, relu)
 
 
-def _dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+def dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
     """Both channels-last, in the dtype of x."""
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -28,7 +28,7 @@ def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: 
     """`norm_act` with the running statistics and without a gradient."""
     from . import rows
 
-    x, residual = _dense(x, residual)
+    x, residual = dense(x, residual)
     out, walk = torch.empty_like(x), all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid,
            x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.rows,
@@ -61,11 +61,20 @@ def norm_forward(
     return norm_again(x, table, relu, residual), table
 
 
-def norm_again(x: Tensor, table: Tensor, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
-    """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward."""
+def norm_again(
+        x: Tensor,
+        table: Tensor,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+        out: Optional[Tensor] = None,
+) -> Tensor:
+    """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward.
+
+    It is written to out if that is given, an image where x may be its rows.
+    """
     from . import rows
 
-    out, walk = torch.empty_like(x), all_rows(x, sums=False)
+    out, walk = torch.empty_like(x) if out is None else out, all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.rows,
            RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
     return out
@@ -92,7 +101,7 @@ def norm_backward(
            **walk.blocks, ACC=acc)
     factors, grads = batch_norm_backward(sums, weight, table, walk)
     grad_x, walk = torch.empty_like(x), all_rows(x, sums=False)
-    grad_residual = torch.empty_like(x) if with_residual and relu else grad
+    grad_residual = torch.empty_like(grad) if with_residual and relu else grad
     launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.rows,
            FACTOR_ROWS=0, RELU=relu, RESIDUAL=with_residual and relu, **walk.blocks, ACC=acc)
     return grad_x, grad_residual, grads
