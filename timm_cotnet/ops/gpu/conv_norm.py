@@ -82,8 +82,8 @@ def _rows(x: Tensor) -> Tensor:
 def _gradients(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]) -> List[Optional[Tensor]]:
     """Those of x, residual, filters, weight and bias.
 
-    Products have a place to go to, where autocast leaves them alone, and where memory is that of an image alone, so that
-    autograd may add to it in place.
+    Products are told where to go: so autocast leaves them alone, and autograd may add to an image in place, whose memory
+    nothing else holds.
     """
     x, filters, weight, bias, matrix, product, table, out = saved
     need_x, need_residual, need_filters, *_ = needed

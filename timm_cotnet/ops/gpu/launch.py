@@ -210,6 +210,7 @@ def over_filters(images: int, pixels: int, channels: int, filters: int, groups: 
     return _walk(images, pixels, tiles, block_p, 4 * PROGRAMS, BLOCK_G=block_g, BLOCK_M=block_m, num_warps=1)
 
 
+@functools.lru_cache(maxsize=None)
 def accumulator(dtype: torch.dtype):
     """The dtype in which kernels compute for tensors of dtype, for PyTorch and for Triton."""
     import triton.language as tl
