@@ -52,7 +52,7 @@ class ConvNormAct(torch.autograd.Function):
             eps: float,
             relu: bool,
     ) -> Tensor:
-        (B, C, H, W), channels, dtype = x.shape, len(filters), x.dtype
+        (B, C, H, W), channels, dtype = x.shape, filters.shape[0], x.dtype
         matrix = filters.view(channels, C)
         if matrix.dtype != dtype:
             matrix = matrix.to(dtype)
@@ -82,8 +82,8 @@ def _rows(x: Tensor) -> Tensor:
 def _gradients(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]) -> List[Optional[Tensor]]:
     """Those of x, residual, filters, weight and bias.
 
-    Products are told where to go: so autocast leaves them alone, and autograd may add to an image in place, whose memory
-    nothing else holds.
+    Products are told where to go: so autocast leaves them alone, and nothing else holds the memory of an image, to
+    which autograd may add in place then.
     """
     x, filters, weight, bias, matrix, product, table, out = saved
     need_x, need_residual, need_filters, *_ = needed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cot_layer import Parameters, Settings
-from .launch import accumulator, launch
+from .launch import accumulator, kernels_of, launch
 
 _FEW = 16  # channels of a group, up to which cuDNN takes longer than for a convolution without groups
 _BLOCK = 1024  # elements of a program
@@ -36,7 +36,8 @@ def key_groups(p: Parameters, s: Settings) -> int:
 
 def like_matrices(p: Parameters, s: Settings) -> Matrices:
     """Empty ones."""
-    (C, part, *size), H, N, options = p.key.shape, len(p.first), len(p.attn), dict(dtype=s.dtype, device=p.key.device)
+    (C, part, *size), H, N = p.key.shape, p.first.shape[0], p.attn.shape[0]
+    options = dict(dtype=s.dtype, device=p.key.device)
     channels = part * s.key_groups // key_groups(p, s)
     return Matrices(
         torch.empty((C, channels, *size), memory_format=torch.channels_last, **options),
@@ -45,8 +46,7 @@ def like_matrices(p: Parameters, s: Settings) -> Matrices:
 
 def to_matrices(p: Parameters, s: Settings) -> Matrices:
     """The matrices of a layer's filters."""
-    from . import matrices_kernels as kernels
-
+    kernels = kernels_of('matrices_kernels')
     made = like_matrices(p, s)
     key, steps = _key(p.key)
     filters = (key, *(t.contiguous() for t in (p.first, p.attn, p.value)))
@@ -70,8 +70,7 @@ def from_matrices(
         p: Parameters.
         s: Numbers.
     """
-    from . import matrices_kernels as kernels
-
+    kernels = kernels_of('matrices_kernels')
     B, _, N = image_sums.shape
     needed = [grads[i] is not None for i in (0, 1, 3, 4)]
     filters = [torch.empty_like(t) if need else None for need, t in zip(needed, (p.key, p.first, p.attn, p.value))]
@@ -97,7 +96,7 @@ def _key(weight: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
 
 def _sizes(p: Parameters, s: Settings, steps: Tuple[int, int], needed: Sequence[bool]) -> Tuple[Tuple[int, ...], int]:
     """What the kernels take as integers, and the number of programs that copy."""
-    (C, part, height, width), H, N = p.key.shape, len(p.first), len(p.attn)
+    (C, part, height, width), H, N = p.key.shape, p.first.shape[0], p.attn.shape[0]
     dense = s.key_groups if key_groups(p, s) != s.key_groups else 1  # groups that the matrix does without
     elements = (C * part * dense * height * width, H * C, N * H, C * C)
     key, first, attn, value = programs = [-(-n // _BLOCK) if need else 0 for n, need in zip(elements, needed)]

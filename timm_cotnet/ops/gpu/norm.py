@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
 from ..watch import untraced, wants_plain
-from .launch import Walk, accumulator, all_rows, launch
+from .launch import Walk, accumulator, all_rows, kernels_of, launch
 
 
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
@@ -26,8 +26,7 @@ def dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tenso
 
 def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`norm_act` with the running statistics and without a gradient."""
-    from . import rows
-
+    rows = kernels_of('rows')
     x, residual = dense(x, residual)
     out, walk = torch.empty_like(x), all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid,
@@ -38,8 +37,7 @@ def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: 
 
 def running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
     """What a batch norm in evaluation does to each channel of an x of dtype: (2, C), scale and shift."""
-    from . import rows
-
+    rows = kernels_of('rows')
     mean, C, (table_dtype, acc) = norm.running_mean, norm.num_features, accumulator(dtype)
     table = torch.empty(2, C, dtype=table_dtype, device=mean.device)
     launch(rows.running_norm_kernel, (-(-C // 128),), mean, norm.running_var, norm.weight, norm.bias, table,
@@ -72,8 +70,7 @@ def norm_again(
 
     It is written to out if that is given, an image where x may be its rows.
     """
-    from . import rows
-
+    rows = kernels_of('rows')
     out, walk = torch.empty_like(x) if out is None else out, all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.rows,
            RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
@@ -92,8 +89,7 @@ def norm_backward(
 
     out is what ReLU put out; None: there is none.
     """
-    from . import rows
-
+    rows = kernels_of('rows')
     C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x, 4)
     out = out if relu else x
     sums = x.new_empty(walk.runs, 2, C, dtype=dtype)
@@ -132,8 +128,7 @@ class NormAct(torch.autograd.Function):
 
 def batch_norm_table(x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float) -> Tensor:
     """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C)."""
-    from . import rows
-
+    rows = kernels_of('rows')
     C, walk, (dtype, acc) = x.shape[1], all_rows(x), accumulator(x.dtype)
     moments = x.new_empty(walk.runs, 2, C, dtype=dtype)
     launch(rows.moments_kernel, walk.grid, x, moments, *walk.rows, **walk.blocks, ACC=acc)
@@ -150,8 +145,7 @@ def table_of_moments(
         walk: Walk,
 ) -> Tensor:
     """What a batch norm does to each channel, of the moments that a walk over some images gives: (4, C)."""
-    from . import rows
-
+    rows = kernels_of('rows')
     C, (_, acc) = moments.shape[-1], accumulator(moments.dtype)
     table = moments.new_empty(4, C)
     launch(rows.batch_norm_kernel, (-(-C // 8),),
@@ -168,14 +162,13 @@ def batch_norm_backward(
         images: int = 1,
 ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
     """What makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
-    from . import rows
-
+    rows = kernels_of('rows')
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
     factors = table.new_empty(5, C)
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
            sums, weight, table, factors, images, walk.sizes[0], images * walk.runs, C,
            BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    return factors, (factors.select(0, 3), factors.select(0, 4))
+    return factors, (factors.as_strided((C,), (1,), 3 * C), factors.as_strided((C,), (1,), 4 * C))
 
 
 def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, weight: Tensor, bias: Tensor):
