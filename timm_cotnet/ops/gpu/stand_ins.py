@@ -44,7 +44,8 @@ def _conv_norm(
         is_cast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
         known = (dtype, torch.float32) if is_cast else (dtype,)
-        if dtype != torch.float32 and x.dtype in known and filters.dtype in known and x.device == filters.device \
+        if dtype != torch.float32 and x.dtype in known and filters.dtype in known \
+                and x.device == filters.device == norm._parameters['weight'].device \
                 and C == conv.in_channels and 1 < B * H * W < 2 ** 31 // max(C, outputs) \
                 and (residual is None or type(residual) in _TENSORS and residual.shape == (B, outputs, H, W)):
             return conv_norm_act(x if x.dtype == dtype else x.to(dtype), conv, norm, relu, residual)
