@@ -307,7 +307,8 @@ def counting(plain: bool = False, autocast: bool = False) -> Iterator[List[Event
         patch(dispatch, '_stand_ins', lambda kind, device_type: table.get(kind, ()))  # 'meta' has none
         for name in ('contexts', 'folding', 'matrices', 'norm', 'pool'):  # each has imported it by its name
             patch(importlib.import_module(f'timm_cotnet.ops.gpu.{name}'), 'launch', counter.launch)
-        patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these three know nothing of 'meta'
+        patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these four know nothing of 'meta'
+        patch(torch, 'set_autocast_enabled', lambda _, enabled: setattr(casts, 'enabled', enabled))
         patch(torch, 'get_autocast_dtype', lambda *_: torch.bfloat16)
         patch(torch, 'autocast', casts.switched)
         patch(eager, '_local_conv_eager', _casting(eager._local_conv_eager, casts))  # it does not cast on 'meta'
