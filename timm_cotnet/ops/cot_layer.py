@@ -63,7 +63,7 @@ def settings_of(layer: nn.Module, x: Tensor) -> Settings:
     key, key_norm, _ = parts['key_embed']._modules.values()
     _, first_norm, _, _, filter_norm = parts['embed']._modules.values()
     (_, value_norm), norm = parts['conv1x1']._modules.values(), parts['bn']
-    _, se_norm, *_ = parts['se']._modules.values()
+    _, se_norm, _, _ = parts['se']._modules.values()
     return Settings(
         definition.ContextsSettings(
             layer.kernel_size, layer.dilation, layer.groups, filter_norm.num_groups, value_norm.eps, filter_norm.eps,
@@ -80,10 +80,9 @@ def parameters_of(layer: nn.Module) -> List[Tensor]:
     first, first_norm, _, attn, filter_norm = parts['embed']._modules.values()
     conv, value_norm = parts['conv1x1']._modules.values()
     se1, se_norm, _, se2 = parts['se']._modules.values()
-    made = []  # by way of dictionaries, as `nn.Module.__getattr__` is slow
-    for module in (key_norm, first_norm, value_norm, filter_norm, parts['bn'], se1, se_norm, se2):
-        parameters = module._parameters
-        made += parameters['weight'], parameters['bias']
+    norms = key_norm, first_norm, value_norm, filter_norm, parts['bn'], se1, se_norm, se2  # and others with both
+    # by way of dictionaries, as `nn.Module.__getattr__` is slow
+    made = [module._parameters[name] for module in norms for name in ('weight', 'bias')]
     key, first, attn_parameters, conv = (module._parameters for module in (key, first, attn, conv))
     return [key['weight'], *made[:2], first['weight'], *made[2:4], attn_parameters['weight'], conv['weight'],
             *made[4:6], attn_parameters['bias'], *made[6:]]
