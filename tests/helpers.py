@@ -15,6 +15,7 @@ import timm_cotnet
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.shifted import LocalConvShifted
+from timm_cotnet.ops.watch import TELLS_EXPORTING
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 FORMAT_NAMES = {torch.contiguous_format: 'contiguous', torch.channels_last: 'channels_last'}
@@ -101,9 +102,24 @@ class Lora(nn.Module):
 
 needs_kernels = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
 needs_export_flag = pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_exporting'),
-    reason='PyTorch 2.6 cannot tell compiling from exporting, so both get plain operators')
+    not TELLS_EXPORTING, reason='PyTorch before 2.8 cannot tell compiling from exporting, so both get plain operators')
 needs_cpp_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='Inductor needs the C++ compiler g++')
+
+
+def maps_group_norm(backward):
+    """Whether this PyTorch can map its own group norm of channels-last images, forward or backward (2.6 to 2.12
+    cannot)."""
+    x = image(2, 4, memory_format=torch.channels_last).requires_grad_()
+    try:
+        if backward:
+            out = F.group_norm(x, 2)
+            torch.vmap(lambda row: torch.autograd.grad(out, x, row, retain_graph=True)[0])(torch.ones(2, *out.shape))
+        else:
+            torch.func.vmap(lambda x: F.group_norm(x, 2))(torch.stack([x, x]).permute(0, 1, 3, 4, 2).contiguous()
+                                                          .permute(0, 1, 4, 2, 3))
+    except RuntimeError:
+        return False
+    return True
 
 
 class PlainWing:

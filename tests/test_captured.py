@@ -93,7 +93,8 @@ def test_compiled_with_kernels_at_hand(name):
     module = create(name).eval()
     folded = fold(module)
     x = channels_last(3, MODULES[name][1], 6, 7)
-    with plain_wing() as wing:
+    ask = name == 'SplitAttnBottleneck'  # nothing stands in for it: PyTorch itself has to look at hooks
+    with plain_wing() as wing, torch._dynamo.config.patch(skip_nnmodule_hook_guards=not ask):
         compiled = torch.compile(folded, fullgraph=True, backend='aot_eager')
         assert difference(compiled(x), copy.deepcopy(module).double()(x.double())) < 1e-5
         assert wing.called or name == 'SplitAttnBottleneck'

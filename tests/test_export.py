@@ -102,10 +102,24 @@ def test_eager_layers_never_use_it(name, monkeypatch):
 # Files of PyTorch's own formats
 
 
+def exports_pools_of_any_size():
+    """Whether a pool that was exported of an even size takes an odd one (in PyTorch 2.9 to 2.12 it does not)."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, 2, 1), torch.nn.AvgPool2d(2))
+    axis = torch.export.Dim.DYNAMIC
+    program = torch.export.export(module, (torch.zeros(2, 1, 8, 12),), dynamic_shapes=({2: axis, 3: axis},))
+    try:
+        program.module()(torch.zeros(2, 1, 10, 12))
+    except AssertionError:
+        return False
+    return True
+
+
 @needs_export_flag
 @pytest.mark.slow
 def test_pt2_of_other_sizes(tmp_path):
     """Above 32 pixels: `torch.export` keeps to more than one pixel in the last stage, as its example has."""
+    if not exports_pools_of_any_size():
+        pytest.skip('`torch.export` of this PyTorch takes only even sizes behind even ones')
     model = folded()
     path = tmp_path / 'model.pt2'
     export.export(model, path, 'pt2', torch.randn(2, 3, 64, 96))

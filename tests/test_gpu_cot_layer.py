@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from golden import filled, golden_input, load
-from helpers import FORMAT_NAMES, FORMATS, image, shaken
+from helpers import FORMAT_NAMES, FORMATS, image, maps_group_norm, shaken
 from torch import nn
 from triton_helpers import (
     DEVICE, LAYERS_AND_FORMATS, SMALL, TOLERANCE, assert_all_close, assert_trains_like_plain, create, error, exact,
@@ -75,7 +75,7 @@ def test_programs_that_walk_far(tag, monkeypatch):
     monkeypatch.setattr(
         launch, '_walk', lambda images, pixels, tiles, block_p, programs=0, **blocks:
         walk(images, pixels, tiles, block_p, images * tiles, **blocks))
-    caches = launch.over_rows, launch.over_filters
+    caches = launch.over_rows, launch.over_halves, launch.over_filters
     for cache in caches:
         cache.cache_clear()
     try:
@@ -130,6 +130,8 @@ def test_second_derivatives_under_autocast():
 
 @kernels
 def test_many_gradients_at_once():
+    if not maps_group_norm(backward=True):
+        pytest.skip('this PyTorch cannot map the backward of its own group norm of channels-last images')
     layer, x = create('small_cot')
     tensors, out = list(tensors_of(layer, x).values()), train_cot_layer(layer, x)
     grads = torch.stack([gradient_for(out, seed) for seed in (2, 3)]).to(out)

@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
 
-from helpers import FORMATS, MODULES, create, difference, image, plain_wing
+from helpers import FORMATS, MODULES, create, difference, image, maps_group_norm, plain_wing
 from test_replaced import TOLERANCE, assert_same
 
 # Whole models under tools
@@ -78,21 +77,6 @@ def test_counting_by_exact_types():
 
 
 # Transforms of functions
-
-
-def maps_group_norm(backward):
-    """Whether this PyTorch can map its own group norm of channels-last images, forward or backward (2.6 cannot)."""
-    x = image(2, 4, memory_format=torch.channels_last).requires_grad_()
-    try:
-        if backward:
-            out = F.group_norm(x, 2)
-            torch.vmap(lambda row: torch.autograd.grad(out, x, row, retain_graph=True)[0])(torch.ones(2, *out.shape))
-        else:
-            torch.func.vmap(lambda x: F.group_norm(x, 2))(torch.stack([x, x]).permute(0, 1, 3, 4, 2).contiguous()
-                                                          .permute(0, 1, 4, 2, 3))
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)

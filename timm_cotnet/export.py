@@ -39,7 +39,8 @@ def export(model: nn.Module, path: Path, format: str, x: Tensor, dynamic: bool =
         path: File to write; for Core ML a folder.
         format: One of `FORMATS`.
         x: Example of its input, (B, 3, H, W); if dynamic of two images or more, which are not square.
-        dynamic: Whether batch, height and width may be others than those of x. Core ML never has that.
+        dynamic: Whether batch, height and width may be others than those of x. Core ML never has that,
+            and PyTorch 2.9 to 2.12 guards files of `torch.export` so that sizes at pools are odd or even as those of x.
 
     Raises:
         ImportError: If a library is missing.

@@ -97,7 +97,7 @@ def arguments_of(layer: nn.Module, x: Tensor) -> Tuple[Tuple[Any, ...], Sequence
     """What an operator takes for a layer and x, and the running statistics of the layer's norms."""
     s = settings_of(layer, x)
     norms = (s.key_averages, s.first_averages, *s.averages)
-    averages = [average for norm in norms for average in norm[:2]]
+    averages = [average for norm in norms for average in (norm.mean, norm.var)]
     x = x.to(s.dtype, memory_format=torch.channels_last)
     return (x, parameters_of(layer), averages, *_numbers(s, norms)), norms
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 _TENSORS = (torch.Tensor, nn.Parameter)
+TELLS_EXPORTING = torch.__version__ >= (2, 8)  # from compiling; 2.7 only where `torch.export` is not strict
 
 
 def is_traced(x: torch.Tensor) -> bool:
@@ -28,14 +29,14 @@ def _are_functions_watched() -> bool:
 def needs_plain_graph(*tensors: torch.Tensor) -> bool:
     """Whether a graph is being made that needs plain operators: for export, functorch transforms, tensor subclasses.
 
-    PyTorch 2.6 cannot tell exporting from compiling.
+    PyTorch before 2.8 cannot tell exporting from compiling.
     """
     return torch.compiler.is_compiling() and (
-        not hasattr(torch.compiler, 'is_exporting') or is_exporting_program()
+        not TELLS_EXPORTING or is_exporting_program()
         or _is_functorch_active() or _are_functions_watched() or any(type(t) not in _TENSORS for t in tensors))
 
 
-@torch.compiler.assume_constant_result  # the compiler of PyTorch 2.11 takes the answer to be yes
+@torch.compiler.assume_constant_result  # the compiler of PyTorch 2.7 to 2.11 takes the answer to be yes
 def is_exporting_program() -> bool:
     """Whether `torch.export` makes a graph, as far as this PyTorch can tell."""
     return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()

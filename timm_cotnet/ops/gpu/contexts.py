@@ -6,8 +6,7 @@ where autograd would keep six tensors more.
 
 Filters lie tap by tap, as `contexts_kernels.py` says; `tap_by_tap` brings those of a convolution into that order.
 """
-import functools
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,12 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import Walk, accumulator, image_rows, kernels_of, launch, over_filters, over_halves, power_of_2
+from .launch import (
+    Walk, accumulator, image_rows, kernels_of, launch, more_threads, over_filters, over_halves, power_of_2)
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 _SMALL = 256  # pixels of an image, through which one program walks in little time
+_FEW = 32  # images, for which a launch costs more than what programs compute twice or one after the other
 
 
 class Mixing(NamedTuple):
@@ -81,10 +82,10 @@ def filter_table(
 
 def infer_filter_table(
         logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tensor:
-    """The first result of `filter_table`; of small images, which one launch can do, only its first two rows."""
+    """The first result of `filter_table`; of few small images, which one launch can do, only its first two rows."""
     statistics_kernels = kernels_of('statistics_kernels')
     B, N, H, W = logits.shape
-    if H * W > _SMALL:
+    if H * W > _SMALL or B > _FEW:
         return filter_table(logits, conv_bias, weight, bias, s)[0]
     dtype, acc = accumulator(logits.dtype)
     grid, sizes = _filter_tiles(B, s)
@@ -96,23 +97,18 @@ def infer_filter_table(
     return table
 
 
-@functools.lru_cache(maxsize=1024)
-def _shares_of_mixing(
-        B: int, C: int, hidden: int, runs: int, dtype: torch.dtype) -> Tuple[Tuple[int], int, Dict[str, int]]:
-    """Grid of the kernel that makes the logits of the mix, logits that a program has, and constants.
+def infer_attention(pooled: Tensor, mixing: Mixing) -> Tensor:
+    """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, (B, runs, C)."""
+    from . import mixing_kernels
 
-    Images that share a program share its weights, and few of them leave some logits to other programs.
-    """
-    images = 4 if B >= 64 and dtype != torch.float64 else 1
-    block_a, groups = power_of_2(hidden), -(-B // images)
-    fitting = 2 ** (12 if dtype == torch.float64 else 13) // (images * block_a)  # 32 products for each thread
-    block_c = max(16, min(32 if images > 1 else 64, power_of_2(C), fitting))
-    parts = max(1, min(-(-2 * C // block_c), -(-128 // groups)))
-    length = -(-2 * C // (parts * block_c)) * block_c
-    return (groups * -(-2 * C // length),), length, dict(
-        A=hidden, IMAGES=images, BLOCK_A=block_a, BLOCK_C=block_c,
-        UNROLLED=min(2 if images > 1 else 4, power_of_2(-(-C // block_c))),
-        STEPS=min(8, power_of_2(runs)), LOOP=runs > 8, num_warps=8)
+    (B, runs, C), hidden, acc = pooled.shape, len(mixing.bias1), accumulator(pooled.dtype)[1]
+    weight1, bias1, table, weight2, bias2 = (t if t is None else t.contiguous() for t in mixing)
+    attn = pooled.new_empty(B, 2 * C)
+    length = 2 * C if B > _FEW else 64  # few images leave some logits to other programs
+    launch(mixing_kernels.attend_kernel, (B * -(-2 * C // length),), pooled, weight1, bias1,
+           pooled if table is None else table, weight2, bias2, attn, runs, length,
+           C=C, A=hidden, NORMED=table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
+    return attn
 
 
 def infer_contexts(
@@ -144,13 +140,8 @@ def infer_contexts(
     dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
-           NORMED=value_table is not None)
-    grid, length, sizes = _shares_of_mixing(B, C, mixing.bias1.shape[0], walk.runs, dtype)
-    attn = pooled.new_empty(B, 2 * C)
-    mixing = Mixing(*(t if t is None else t.contiguous() for t in mixing))
-    launch(mixing_kernels.attend_kernel, grid, pooled, mixing.weight1, mixing.bias1,
-           pooled if mixing.table is None else mixing.table, mixing.weight2, mixing.bias2, attn, B, walk.runs, length,
-           C=C, NORMED=mixing.table is not None, **sizes, ACC=acc)
+           NORMED=value_table is not None, **more_threads(value.element_size()))
+    attn = infer_attention(pooled, mixing)
     walk = image_rows(value, sums=False)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.rows,
            DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
@@ -341,7 +332,7 @@ def train_backward(
     local_walk = _local_walk(value, s)
     grad_value, sums = torch.empty_like(local), sums.new_empty(B, local_walk.runs, 2, C)
     _local(kernels.value_grad_kernel, local_walk, value, s,
-           grad_local, logits, value, value_table, filters, grad_value, sums)
+           grad_local, logits, value, value_table, filters, grad_value, sums, **more_threads(value.element_size()))
     factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, local_walk, B)
     launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.rows,
            FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)

@@ -16,9 +16,6 @@ from torch import Tensor
 PROGRAMS = 1056  # eight for each of an H100's multiprocessors
 THREADS = 128
 VECTOR = 16  # bytes that a thread loads at once
-LINE = 128
-LOADS = 2
-HALF_PROGRAMS = 2 * PROGRAMS
 
 
 class Repeat(NamedTuple):
@@ -193,12 +190,20 @@ def over_halves(images: int, pixels: int, channels: int, filters: int, groups: i
     """For the local convolution, whose threads have a filter for two channels: `contexts_kernels.place_halves`."""
     filters, channels = filters // groups, channels // groups
     half = -(-channels // filters // 2) * filters
-    tile = min(power_of_2(half), LINE // itemsize)
+    tile = min(power_of_2(half), 128 // itemsize)
     vectors = THREADS * VECTOR // itemsize
-    block_p = max(1, min(LOADS * vectors // tile, power_of_2(pixels)))
+    block_p = max(1, min(vectors // tile, power_of_2(pixels)))
     return _walk(
-        images, pixels, groups * -(-half // tile), block_p, HALF_PROGRAMS,
+        images, pixels, groups * -(-half // tile), block_p, 2 * PROGRAMS,
         HALF=half, BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors))
+
+
+def more_threads(itemsize: int) -> Dict[str, int]:
+    """Options of a kernel that waits for memory more than it computes: fewer registers for each of more threads.
+
+    ROCm has no such option, and of 64 bits it would be too few.
+    """
+    return {} if torch.version.hip or itemsize == 8 else dict(maxnreg=128)
 
 
 @functools.lru_cache(maxsize=4096)

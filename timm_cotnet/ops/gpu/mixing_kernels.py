@@ -59,56 +59,41 @@ def mix_kernel(
         store(mixed_ptr, dynamic * (1 - of_static) + static * of_static, p, end, c, C)
 
 
-@triton.jit
-def sum_of_runs(at, run, RUNS, mask, C: tl.constexpr, STEPS: tl.constexpr):
-    """Sum of the next STEPS rows, all of which are on their way at once."""
-    total = tl.load(at + run * C, mask=mask, other=0)
-    for i in tl.static_range(1, STEPS):
-        total += tl.load(at + (run + i) * C, mask=mask & (run + i < RUNS), other=0)
-    return total
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
-        pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, B, RUNS, LENGTH,
+        pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, RUNS, LENGTH,
         C: tl.constexpr, A: tl.constexpr, NORMED: tl.constexpr,
-        IMAGES: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, UNROLLED: tl.constexpr,
-        STEPS: tl.constexpr, LOOP: tl.constexpr, ACC: tl.constexpr,
+        BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
     """For inference: the logits of the mix, (B, 2 * C), from the sums of each run, (B, RUNS, C).
 
     Two matrix products with ReLU between them, and if NORMED a norm, of which table has scale and shift. A program has
-    LENGTH logits of IMAGES images, for which it reads weights once. The axes are (image, A, C).
+    LENGTH logits of an image.
     """
     PARTS = (2 * C + LENGTH - 1) // LENGTH
-    pid = tl.program_id(0)
-    b = (pid // PARTS * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)
+    b = (tl.program_id(0) // PARTS).to(tl.int64)
     a = tl.arange(0, BLOCK_A)
-    products = tl.zeros((IMAGES, BLOCK_A, BLOCK_C), ACC)
-    for first in range(0, C, UNROLLED * BLOCK_C):
-        for i in tl.static_range(UNROLLED):
-            c = (first + i * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :]
-            weight = tl.load(weight1_ptr + a[None, :, None] * C + c, mask=(a < A)[None, :, None] & (c < C), other=0)
-            at, mask = pooled_ptr + (b * RUNS)[:, None, None] * C + c, (b < B)[:, None, None] & (c < C)
-            pooled = tl.zeros((IMAGES, 1, BLOCK_C), ACC)
-            if LOOP:
-                for run in range(0, RUNS, STEPS):
-                    pooled += sum_of_runs(at, run, RUNS, mask, C, STEPS)
-            else:
-                pooled += sum_of_runs(at, 0, RUNS, mask, C, STEPS)
-            products += weight.to(ACC) * pooled
-    hidden = tl.sum(products, 2) + row(bias1_ptr, a, A, ACC)[None, :]
+    in_hidden = a < A
+    hidden = tl.load(bias1_ptr + a, mask=in_hidden, other=0).to(ACC)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        pooled = tl.zeros((BLOCK_C,), ACC)
+        for run in range(RUNS):
+            pooled += row(pooled_ptr + (b * RUNS + run) * C, c, C, ACC)
+        mask = in_hidden[:, None] & (c < C)[None, :]
+        weight = tl.load(weight1_ptr + a[:, None] * C + c[None, :], mask=mask, other=0).to(ACC)
+        hidden += tl.sum(weight * pooled[None, :], 1)
     if NORMED:
-        hidden = hidden * row(table_ptr, a, A, ACC)[None, :] + row(table_ptr + A, a, A, ACC)[None, :]
-    hidden = tl.where((hidden <= 0) | (a >= A)[None, :], 0, hidden)  # a NaN stays one
-    begin = pid % PARTS * LENGTH
-    for start in range(begin, begin + LENGTH, BLOCK_C):
-        n = start + tl.arange(0, BLOCK_C)
-        inside = (n < 2 * C)[None, :, None] & (a < A)[None, None, :]
-        weight2 = tl.load(weight2_ptr + n[None, :, None] * A + a[None, None, :], mask=inside, other=0).to(ACC)
-        attn = tl.sum(weight2 * hidden[:, None, :], 2) + row(bias2_ptr, n, 2 * C, ACC)[None, :]
-        at = attn_ptr + b[:, None] * (2 * C) + n[None, :]
-        tl.store(at, attn, mask=(b < B)[:, None] & (n < 2 * C)[None, :])
+        hidden = hidden * tl.load(table_ptr + a, mask=in_hidden, other=0) \
+            + tl.load(table_ptr + A + a, mask=in_hidden, other=0)
+    hidden = tl.where((hidden <= 0) | (a >= A), 0, hidden)
+    begin = tl.program_id(0) % PARTS * LENGTH
+    for first in range(begin, begin + LENGTH, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        mask = (c < 2 * C)[:, None] & in_hidden[None, :]
+        weight = tl.load(weight2_ptr + c[:, None] * A + a[None, :], mask=mask, other=0).to(ACC)
+        attn = tl.sum(weight * hidden[None, :], 1) + row(bias2_ptr, c, 2 * C, ACC)
+        tl.store(attn_ptr + b * (2 * C) + c, attn, mask=c < 2 * C)
 
 
 @triton.jit(do_not_specialize=SIZES)
