@@ -99,8 +99,7 @@ def infer_filter_table(
 
 def infer_attention(pooled: Tensor, mixing: Mixing) -> Tensor:
     """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, (B, runs, C)."""
-    from . import mixing_kernels
-
+    mixing_kernels = kernels_of('mixing_kernels')
     (B, runs, C), hidden, acc = pooled.shape, len(mixing.bias1), accumulator(pooled.dtype)[1]
     weight1, bias1, table, weight2, bias2 = (t if t is None else t.contiguous() for t in mixing)
     attn = pooled.new_empty(B, 2 * C)

@@ -18,7 +18,7 @@ from .norm import norm_again, norm_backward, norm_forward
 
 
 class _WithoutAutocast:
-    """What `torch.autocast(device_type, enabled=False)` does to operators that would be cast, in a third of its time."""
+    """`torch.autocast(device_type, enabled=False)` in a third of the time."""
 
     def __init__(self, device_type: str):
         self._device_type, self._was_enabled = device_type, torch.is_autocast_enabled(device_type)
