@@ -151,7 +151,7 @@ class Counter(TorchDispatchMode):
             Event(name, kind, launches, sum(map(size_of, read)), sum(map(size_of, written)), flops))
 
     def _operator(self, name: str, args: Sequence, kwargs: Dict[str, Any], out: Any) -> None:
-        tensors = _tensors((args, kwargs))
+        tensors = _tensors((args, {key: value for key, value in kwargs.items() if key != 'out'}))
         read = [] if name in _WRITE_ONLY else tensors[1:] if name == 'copy_' else tensors
         launches = _LAUNCHES.get(name, 1)
         if name == 'native_batch_norm' and not args[5]:
@@ -307,7 +307,8 @@ def counting(plain: bool = False, autocast: bool = False) -> Iterator[List[Event
         patch(dispatch, '_stand_ins', lambda kind, device_type: table.get(kind, ()))  # 'meta' has none
         for name in ('contexts', 'folding', 'matrices', 'norm', 'pool'):  # each has imported it by its name
             patch(importlib.import_module(f'timm_cotnet.ops.gpu.{name}'), 'launch', counter.launch)
-        patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these three know nothing of 'meta'
+        patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these four know nothing of 'meta'
+        patch(torch, 'set_autocast_enabled', lambda _, enabled: setattr(casts, 'enabled', enabled))
         patch(torch, 'get_autocast_dtype', lambda *_: torch.bfloat16)
         patch(torch, 'autocast', casts.switched)
         patch(eager, '_local_conv_eager', _casting(eager._local_conv_eager, casts))  # it does not cast on 'meta'

@@ -226,13 +226,14 @@ def why_not_eval_norm(norm: nn.BatchNorm2d, x: Tensor, found: bool = False) -> O
 
 def _why_not_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool, found: bool = False) -> Optional[str]:
     parameters, buffers, size = norm._parameters, norm._buffers, (norm.num_features,)
-    for tensors, names, known in (
-            (parameters, ('weight', 'bias'), found), (buffers, ('running_mean', 'running_var'), False)):
-        for name in names:
-            t = tensors.get(name)
-            if t is None or not (known or is_plain(t, x, any_float)) \
-                    or t.shape != size or not t.is_contiguous():
-                return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
+    weight, bias = parameters.get('weight'), parameters.get('bias')
+    mean, var = buffers.get('running_mean'), buffers.get('running_var')
+    if weight is None or bias is None or mean is None or var is None \
+            or not (found or is_plain(weight, x, any_float) and is_plain(bias, x, any_float)) \
+            or not (is_plain(mean, x, any_float) and is_plain(var, x, any_float)) \
+            or not weight.shape == bias.shape == mean.shape == var.shape == size \
+            or not (weight.is_contiguous() and bias.is_contiguous() and mean.is_contiguous() and var.is_contiguous()):
+        return 'a weight or running statistic of a batch norm is not a plain contiguous tensor'
     return None
 
 
@@ -281,10 +282,11 @@ def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[st
 
 
 def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool = False) -> Optional[str]:
+    """For a norm of which `find` has found that its parameters are plain."""
     if not (norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
             and norm._buffers.get('num_batches_tracked') is not None):
         return 'a batch norm does not use and average the statistics of the batch, or has no weight'
-    return _why_not_norm(norm, x, any_float)
+    return _why_not_norm(norm, x, any_float, found=True)
 
 
 def _why_not_filters(layer: nn.Module, attn: nn.Conv2d, norm: nn.GroupNorm, channels: int) -> Optional[str]:

@@ -60,9 +60,10 @@ class Settings(NamedTuple):
 def settings_of(layer: nn.Module, x: Tensor) -> Settings:
     """Those of a `CotLayer` or `CoxtLayer` for an x, which autocast may convert."""
     parts = layer._modules
-    key, key_norm, _ = parts['key_embed']
-    _, first_norm, _, _, filter_norm = parts['embed']
-    value_norm, norm, se_norm = parts['conv1x1'][1], parts['bn'], parts['se'][1]
+    key, key_norm, _ = parts['key_embed']._modules.values()
+    _, first_norm, _, _, filter_norm = parts['embed']._modules.values()
+    (_, value_norm), norm = parts['conv1x1']._modules.values(), parts['bn']
+    _, se_norm, _, _ = parts['se']._modules.values()
     return Settings(
         definition.ContextsSettings(
             layer.kernel_size, layer.dilation, layer.groups, filter_norm.num_groups, value_norm.eps, filter_norm.eps,
@@ -75,15 +76,16 @@ def settings_of(layer: nn.Module, x: Tensor) -> Settings:
 def parameters_of(layer: nn.Module) -> List[Tensor]:
     """Those of a `CotLayer` or `CoxtLayer` in the order of `Parameters`, in one row."""
     parts = layer._modules
-    key, key_norm, _ = parts['key_embed']
-    first, first_norm, _, attn, filter_norm = parts['embed']
-    conv, value_norm = parts['conv1x1']
-    se1, se_norm, _, se2 = parts['se']
-    pairs = [m._parameters for m in (value_norm, filter_norm, parts['bn'], se1, se_norm, se2)]
-    rest = [p[name] for p in pairs for name in ('weight', 'bias')]
-    rest.insert(2, attn._parameters['bias'])
-    return [key.weight, key_norm.weight, key_norm.bias, first.weight, first_norm.weight, first_norm.bias, attn.weight,
-            conv.weight, *rest]
+    key, key_norm, _ = parts['key_embed']._modules.values()
+    first, first_norm, _, attn, filter_norm = parts['embed']._modules.values()
+    conv, value_norm = parts['conv1x1']._modules.values()
+    se1, se_norm, _, se2 = parts['se']._modules.values()
+    norms = key_norm, first_norm, value_norm, filter_norm, parts['bn'], se1, se_norm, se2  # and others with both
+    # by way of dictionaries, as `nn.Module.__getattr__` is slow
+    made = [module._parameters[name] for module in norms for name in ('weight', 'bias')]
+    key, first, attn_parameters, conv = [module._parameters for module in (key, first, attn, conv)]
+    return [key['weight'], *made[:2], first['weight'], *made[2:4], attn_parameters['weight'], conv['weight'],
+            *made[4:6], attn_parameters['bias'], *made[6:]]
 
 
 def grouped(parameters: Sequence[Tensor]) -> Parameters:

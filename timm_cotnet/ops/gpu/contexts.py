@@ -15,7 +15,8 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
-from .launch import Walk, accumulator, image_rows, launch, more_threads, over_filters, over_halves, power_of_2
+from .launch import (
+    Walk, accumulator, image_rows, kernels_of, launch, more_threads, over_filters, over_halves, power_of_2)
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
 
 _SMALL = 256  # pixels of an image, through which one program walks in little time
@@ -67,8 +68,7 @@ def _filter_tiles(B: int, s: ContextsSettings) -> Tuple[Tuple[int], dict]:
 def filter_table(
         logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tuple[Tensor, Tensor]:
     """What the group norm does to each filter value of an image, and means: (B, 4, N) and (B, N)."""
-    from . import contexts_kernels, rows
-
+    contexts_kernels, rows = kernels_of('contexts_kernels'), kernels_of('rows')
     (B, N), walk, (dtype, acc) = logits.shape[:2], image_rows(logits), accumulator(logits.dtype)
     conv_bias, weight, bias = conv_bias.contiguous(), weight.contiguous(), bias.contiguous()
     moments = logits.new_empty(B, walk.runs, 2, N, dtype=dtype)
@@ -83,8 +83,7 @@ def filter_table(
 def infer_filter_table(
         logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tensor:
     """The first result of `filter_table`; of few small images, which one launch can do, only its first two rows."""
-    from . import statistics_kernels
-
+    statistics_kernels = kernels_of('statistics_kernels')
     B, N, H, W = logits.shape
     if H * W > _SMALL or B > _FEW:
         return filter_table(logits, conv_bias, weight, bias, s)[0]
@@ -100,8 +99,7 @@ def infer_filter_table(
 
 def infer_attention(pooled: Tensor, mixing: Mixing) -> Tensor:
     """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, (B, runs, C)."""
-    from . import mixing_kernels
-
+    mixing_kernels = kernels_of('mixing_kernels')
     (B, runs, C), hidden, acc = pooled.shape, len(mixing.bias1), accumulator(pooled.dtype)[1]
     weight1, bias1, table, weight2, bias2 = (t if t is None else t.contiguous() for t in mixing)
     attn = pooled.new_empty(B, 2 * C)
@@ -135,8 +133,7 @@ def infer_contexts(
         mixing: What makes the weights of the mix.
         s: Numbers.
     """
-    from . import contexts_kernels as kernels, mixing_kernels
-
+    kernels, mixing_kernels = kernels_of('contexts_kernels'), kernels_of('mixing_kernels')
     (B, C), walk, (dtype, acc) = value.shape[:2], _local_walk(value, s), accumulator(value.dtype)
     table = table.contiguous()
     dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
@@ -215,8 +212,7 @@ def train_forward(
         averages: Running statistics of the norms of value, local convolution and mixing, which are updated.
         s: Numbers.
     """
-    from . import contexts_kernels as kernels, mixing_kernels
-
+    kernels, mixing_kernels = kernels_of('contexts_kernels'), kernels_of('mixing_kernels')
     (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value), accumulator(value.dtype)
     value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
     filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
@@ -241,16 +237,15 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def like_attention(pooled: Tensor, p: TrainingParameters) -> Tuple[Tensor, ...]:
     """Empty tensors that `_attend` fills for the backward; pooled, (B, ..., C), is in the dtype of tables."""
-    (B, *_, C), A = pooled.shape, p.se_bias1.shape[0]
+    (B, *_, C), (A,) = pooled.shape, p.se_bias1.shape
     return (pooled.new_empty((B, C), dtype=p.se_weight1.dtype), pooled.new_empty(B, A),
             pooled.new_empty((B, A), dtype=p.se_weight2.dtype), pooled.new_empty(A))
 
 
 def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: float) -> Tuple[Tensor, ...]:
     """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, and what the backward needs."""
-    from . import mixing_kernels
-
-    (B, runs, C), A = pooled.shape, p.se_bias1.shape[0]
+    mixing_kernels = kernels_of('mixing_kernels')
+    (B, runs, C), (A,) = pooled.shape, p.se_bias1.shape
     images, normed, hidden, x_scale = kept = like_attention(pooled, p)
     launch(mixing_kernels.train_attend_kernel, (A,),
            pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
@@ -269,9 +264,8 @@ def _attend_backward(
         p: TrainingParameters,
 ) -> Tuple[Tensor, ...]:
     """Gradients of the pooled contexts and of the parameters but for the last one, which is a sum over images."""
-    from . import mixing_kernels
-
-    (B, C), A = pooled.shape, x_scale.shape[0]
+    mixing_kernels = kernels_of('mixing_kernels')
+    (B, C), (A,) = pooled.shape, x_scale.shape
     grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
     launch(mixing_kernels.train_attend_backward_kernel, (A,),
            grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B, C, A,
@@ -304,8 +298,7 @@ def train_backward(
 
     Those of the filters' norm and of the bias that is added to the filters come last, for each image: (B, 3, N).
     """
-    from . import contexts_kernels as kernels, mixing_kernels, rows
-
+    kernels, mixing_kernels, rows = kernels_of('contexts_kernels'), kernels_of('mixing_kernels'), kernels_of('rows')
     (B, C, H, W), N, (dtype, acc) = value.shape, logits.shape[1], accumulator(value.dtype)
     walk, filter_walk = image_rows(value), image_rows(logits)
 

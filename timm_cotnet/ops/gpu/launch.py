@@ -1,9 +1,11 @@
 """How programs of the Triton kernels share tensors, chosen by shape without timing anything; and their launch."""
 import ctypes
 import functools
+import importlib
 import math
 import struct
 import threading
+import types
 from functools import reduce
 from operator import or_
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
@@ -213,6 +215,12 @@ def over_filters(images: int, pixels: int, channels: int, filters: int, groups: 
     tiles = groups * -(-(filters // groups) // block_g)
     # one warp, as several would have to wait for each other at every tap
     return _walk(images, pixels, tiles, block_p, 4 * PROGRAMS, BLOCK_G=block_g, BLOCK_M=block_m, num_warps=1)
+
+
+@functools.lru_cache(maxsize=None)
+def kernels_of(name: str) -> types.ModuleType:
+    """A module of kernels, which imports Triton; looked up once, as import statements take time each time."""
+    return importlib.import_module(f'.{name}', __package__)
 
 
 @functools.lru_cache(maxsize=None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cot_layer import Parameters, Settings
-from .launch import accumulator, launch
+from .launch import accumulator, kernels_of, launch
 
 _FEW = 16  # channels of a group, up to which cuDNN takes longer than for a convolution without groups
 _BLOCK = 1024  # elements of a program
@@ -46,8 +46,7 @@ def like_matrices(p: Parameters, s: Settings) -> Matrices:
 
 def to_matrices(p: Parameters, s: Settings) -> Matrices:
     """The matrices of a layer's filters."""
-    from . import matrices_kernels as kernels
-
+    kernels = kernels_of('matrices_kernels')
     made = like_matrices(p, s)
     key, steps = _key(p.key)
     filters = (key, *(t.contiguous() for t in (p.first, p.attn, p.value)))
@@ -71,8 +70,7 @@ def from_matrices(
         p: Parameters.
         s: Numbers.
     """
-    from . import matrices_kernels as kernels
-
+    kernels = kernels_of('matrices_kernels')
     B, _, N = image_sums.shape
     needed = [grads[i] is not None for i in (0, 1, 3, 4)]
     filters = [torch.empty_like(t) if need else None for need, t in zip(needed, (p.key, p.first, p.attn, p.value))]

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
 from ..watch import untraced, wants_plain
-from .launch import Walk, accumulator, all_rows, launch
+from .launch import Walk, accumulator, all_rows, kernels_of, launch
 
 
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`relu(norm(x) + residual)` with the statistics of the batch, (B, C, H, W) -> (B, C, H, W), channels-last."""
     parameters = norm._parameters
-    x, residual = _dense(x, residual)  # out here, so that a second derivative knows where they come from
+    x, residual = dense(x, residual)  # out here, so that a second derivative knows where they come from
     return NormAct.apply(x, residual, parameters['weight'], parameters['bias'], averages_of(norm), norm.eps, relu)
 
 
-def _dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+def dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
     """Both channels-last, in the dtype of x."""
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -26,9 +26,8 @@ def _dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tens
 
 def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`norm_act` with the running statistics and without a gradient."""
-    from . import rows
-
-    x, residual = _dense(x, residual)
+    rows = kernels_of('rows')
+    x, residual = dense(x, residual)
     out, walk = torch.empty_like(x), all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid,
            x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.rows,
@@ -38,8 +37,7 @@ def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: 
 
 def running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
     """What a batch norm in evaluation does to each channel of an x of dtype: (2, C), scale and shift."""
-    from . import rows
-
+    rows = kernels_of('rows')
     mean, C, (table_dtype, acc) = norm.running_mean, norm.num_features, accumulator(dtype)
     table = torch.empty(2, C, dtype=table_dtype, device=mean.device)
     launch(rows.running_norm_kernel, (-(-C // 128),), mean, norm.running_var, norm.weight, norm.bias, table,
@@ -61,11 +59,19 @@ def norm_forward(
     return norm_again(x, table, relu, residual), table
 
 
-def norm_again(x: Tensor, table: Tensor, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
-    """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward."""
-    from . import rows
+def norm_again(
+        x: Tensor,
+        table: Tensor,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+        out: Optional[Tensor] = None,
+) -> Tensor:
+    """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward.
 
-    out, walk = torch.empty_like(x), all_rows(x, sums=False)
+    It is written to out if that is given, an image where x may be its rows.
+    """
+    rows = kernels_of('rows')
+    out, walk = torch.empty_like(x) if out is None else out, all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.rows,
            RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
     return out
@@ -83,8 +89,7 @@ def norm_backward(
 
     out is what ReLU put out; None: there is none.
     """
-    from . import rows
-
+    rows = kernels_of('rows')
     C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x, 4)
     out = out if relu else x
     sums = x.new_empty(walk.runs, 2, C, dtype=dtype)
@@ -92,7 +97,7 @@ def norm_backward(
            **walk.blocks, ACC=acc)
     factors, grads = batch_norm_backward(sums, weight, table, walk)
     grad_x, walk = torch.empty_like(x), all_rows(x, sums=False)
-    grad_residual = torch.empty_like(x) if with_residual and relu else grad
+    grad_residual = torch.empty_like(grad) if with_residual and relu else grad
     launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.rows,
            FACTOR_ROWS=0, RELU=relu, RESIDUAL=with_residual and relu, **walk.blocks, ACC=acc)
     return grad_x, grad_residual, grads
@@ -123,8 +128,7 @@ class NormAct(torch.autograd.Function):
 
 def batch_norm_table(x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float) -> Tensor:
     """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C)."""
-    from . import rows
-
+    rows = kernels_of('rows')
     C, walk, (dtype, acc) = x.shape[1], all_rows(x), accumulator(x.dtype)
     moments = x.new_empty(walk.runs, 2, C, dtype=dtype)
     launch(rows.moments_kernel, walk.grid, x, moments, *walk.rows, **walk.blocks, ACC=acc)
@@ -141,8 +145,7 @@ def table_of_moments(
         walk: Walk,
 ) -> Tensor:
     """What a batch norm does to each channel, of the moments that a walk over some images gives: (4, C)."""
-    from . import rows
-
+    rows = kernels_of('rows')
     C, (_, acc) = moments.shape[-1], accumulator(moments.dtype)
     table = moments.new_empty(4, C)
     launch(rows.batch_norm_kernel, (-(-C // 8),),
@@ -159,14 +162,13 @@ def batch_norm_backward(
         images: int = 1,
 ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
     """What makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
-    from . import rows
-
+    rows = kernels_of('rows')
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
     factors = table.new_empty(5, C)
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
            sums, weight, table, factors, images, walk.sizes[0], images * walk.runs, C,
            BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    return factors, (factors.select(0, 3), factors.select(0, 4))
+    return factors, (factors.as_strided((C,), (1,), 3 * C), factors.as_strided((C,), (1,), 4 * C))
 
 
 def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, weight: Tensor, bias: Tensor):

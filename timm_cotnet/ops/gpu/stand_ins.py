@@ -10,6 +10,7 @@ from ..contexts import ContextsSettings
 from ..parts import has_bias, is_plain, why_not_conv
 from ..watch import are_watched
 from .contexts import Mixing, channels_last, compiled_contexts, infer_contexts, infer_filter_table, tap_by_tap
+from .conv_norm import conv_norm_act
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
 from .norm import norm_act, norm_act_eval
@@ -25,9 +26,30 @@ _TENSORS = (Tensor, nn.Parameter)
 def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in training, channels-last: norms with what follows them in a pass."""
     parts = block._modules
-    out = _norm(parts['conv1'](x), parts['bn1'])
+    out = _conv_norm(x, parts['conv1'], parts['bn1'])
     out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
-    return _norm(parts['conv3'](out), parts['bn3'], residual=_shortcut(block, x))
+    return _conv_norm(out, parts['conv3'], parts['bn3'], residual=_shortcut(block, x))
+
+
+def _conv_norm(
+        x: Tensor,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+) -> Tensor:
+    """`relu(norm(conv(x)) + residual)` of modules that are known, as a product of matrices if it can be one."""
+    if norm.training and type(x) in _TENSORS and x.ndim == 4 and _folds(conv, norm):
+        filters, (B, C, H, W), outputs = conv._parameters['weight'], x.shape, norm.num_features
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+        known = (dtype, torch.float32) if is_cast else (dtype,)
+        if dtype != torch.float32 and x.dtype in known and filters.dtype in known \
+                and x.device == filters.device == norm._parameters['weight'].device \
+                and C == conv.in_channels and 1 < B * H * W < 2 ** 31 // max(C, outputs) \
+                and (residual is None or type(residual) in _TENSORS and residual.shape == (B, outputs, H, W)):
+            return conv_norm_act(x if x.dtype == dtype else x.to(dtype), conv, norm, relu, residual)
+    return _norm(conv(x), norm, relu, residual)
 
 
 def _norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
@@ -47,15 +69,20 @@ def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
     downsample = block.downsample
     if downsample is None:
         return x
-    last = downsample[-1] if type(downsample) is nn.Sequential else None
+    modules = list(downsample._modules.values()) if type(downsample) is nn.Sequential else []  # slices are modules
+    *others, last = modules or [None]
     like = block.bn3
     if type(last) is not nn.BatchNorm2d or are_watched([downsample]) or last.training != like.training \
             or last.affine != like.affine or last.running_mean is None or last.momentum is None \
             or 'weight' not in last._parameters or type(last.weight) is not nn.Parameter:
         return downsample(x)
-    for module in downsample[:-1]:
+    *others, conv = others or [None]
+    for module in others:
         x = module(x)
-    return _norm(x, last, relu=False)
+    if type(conv) is nn.Conv2d and why_not_conv(conv.__dict__, conv._parameters) is None \
+            and is_plain(conv._parameters['weight'], x, any_float=True):
+        return _conv_norm(x, conv, last, relu=False)
+    return _norm(x if conv is None else conv(x), last, relu=False)
 
 
 def infer_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:

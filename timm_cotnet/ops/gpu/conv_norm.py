@@ -1,0 +1,119 @@
+"""A 1x1 convolution in training with the batch norm behind it, and with what follows that: one autograd function.
+
+The convolution is a matrix product of rows of channels, a pixel each. Not in float32, where it is said apart for
+convolutions and for products whether they may run in TF32.
+"""
+from typing import List, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..batch_norm import Averages, averages_of, batch_norm_act
+from ..contexts import gradient_like
+from ..watch import untraced, wants_plain
+from .norm import batch_norm_table, dense, norm_again, norm_backward
+
+
+def conv_norm_act(
+        x: Tensor,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+) -> Tensor:
+    """`relu(norm(conv(x)) + residual)` with the statistics of the batch, computed in the dtype of x, channels-last.
+
+    Args:
+        x: (B, C, H, W).
+        conv: Of 1x1, stride one, one group, without padding and bias; its filters may have another dtype.
+        norm: Of as many channels as conv gives.
+        relu: Whether there is a ReLU.
+        residual: Summand, of the result's shape.
+    """
+    parameters = norm._parameters
+    x, residual = dense(x, residual)
+    return ConvNormAct.apply(x, residual, conv._parameters['weight'], parameters['weight'], parameters['bias'],
+                             averages_of(norm), norm.eps, relu)
+
+
+class ConvNormAct(torch.autograd.Function):
+    """`apply(x, residual, filters, weight, bias, averages, eps, relu)`, see `conv_norm_act`; images are dense."""
+
+    @staticmethod
+    def forward(
+            ctx,
+            x: Tensor,
+            residual: Optional[Tensor],
+            filters: Tensor,
+            weight: Tensor,
+            bias: Tensor,
+            averages: Averages,
+            eps: float,
+            relu: bool,
+    ) -> Tensor:
+        (B, C, H, W), channels, dtype = x.shape, filters.shape[0], x.dtype
+        matrix = filters.view(channels, C)
+        if matrix.dtype != dtype:
+            matrix = matrix.to(dtype)
+        product = torch.mm(_rows(x), matrix.t())
+        table = batch_norm_table(product, weight, bias, averages, eps)
+        # no view of rows, as what follows could not change one in place
+        out = torch.empty(
+            (B, channels, H, W), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+        norm_again(product, table, relu, residual, out)
+        ctx.eps, ctx.relu = eps, relu
+        ctx.save_for_backward(x, filters, weight, bias, matrix, product, table, out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters = saved = ctx.saved_tensors
+        if wants_plain(grad):
+            return _differentiable_gradients(ctx, grad, saved[-1], x, *parameters[:3])
+        return *untraced(_gradients)(grad, saved, ctx.needs_input_grad), None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W), channels-last, as a matrix of pixels: (B * H * W, C)."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def _gradients(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]) -> List[Optional[Tensor]]:
+    """Those of x, residual, filters, weight and bias.
+
+    Products are told where to go: so autocast leaves them alone, and nothing else holds the memory of an image, to
+    which autograd may add in place then.
+    """
+    x, filters, weight, bias, matrix, product, table, out = saved
+    need_x, need_residual, need_filters, *_ = needed
+    grad, _ = dense(grad.to(x.dtype), None)
+    x, out = dense(x, out)  # hooks may have changed what was saved
+    grad_x = grad_filters = None
+    with torch.cuda.device_of(x):
+        grad_product, grad_residual, grads = norm_backward(grad, product, out, weight, table, need_residual)
+        if need_filters:
+            grad_filters = torch.empty_like(matrix)
+            torch.mm(grad_product.t(), _rows(x), out=grad_filters)
+        if need_x:
+            grad_x = torch.empty_like(x)
+            torch.mm(grad_product, matrix, out=_rows(grad_x))
+        if need_filters:
+            grad_filters = gradient_like(grad_filters.view(filters.shape), filters)
+        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(grads, (weight, bias)))
+    return [grad_x, grad_residual if need_residual else None, grad_filters, grad_weight, grad_bias]
+
+
+def _differentiable_gradients(
+        ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, filters: Tensor, weight: Tensor, bias: Tensor):
+    """By the definition; what the residual was does not matter, as out tells where ReLU lets a gradient pass."""
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        tensors = {i: t.view_as(t) for i, t in ((0, x), (2, filters), (3, weight), (4, bias))}
+        if out is not None:
+            grad = grad.masked_fill(out <= 0, 0.)
+        product = F.conv2d(tensors[0], tensors[2].to(x.dtype))
+        again = batch_norm_act(product, tensors[3], tensors[4], relu=False, eps=ctx.eps)
+        wanted = {i: t for i, t in tensors.items() if ctx.needs_input_grad[i]}
+        grads = torch.autograd.grad(again, list(wanted.values()), grad, create_graph=True) if wanted else ()
+    found = {1: grad if ctx.needs_input_grad[1] else None, **dict(zip(wanted, grads))}
+    return *(found.get(i) for i in range(5)), None, None, None
