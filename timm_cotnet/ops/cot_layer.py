@@ -80,9 +80,9 @@ def parameters_of(layer: nn.Module) -> List[Tensor]:
     first, first_norm, _, attn, filter_norm = parts['embed']._modules.values()
     conv, value_norm = parts['conv1x1']._modules.values()
     se1, se_norm, _, se2 = parts['se']._modules.values()
-    norms = key_norm, first_norm, value_norm, filter_norm, parts['bn'], se1, se_norm, se2  # and others with both
+    with_both = key_norm, first_norm, value_norm, filter_norm, parts['bn'], se1, se_norm, se2
     # by way of dictionaries, as `nn.Module.__getattr__` is slow
-    made = [module._parameters[name] for module in norms for name in ('weight', 'bias')]
+    made = [module._parameters[name] for module in with_both for name in ('weight', 'bias')]
     key, first, attn_parameters, conv = [module._parameters for module in (key, first, attn, conv)]
     return [key['weight'], *made[:2], first['weight'], *made[2:4], attn_parameters['weight'], conv['weight'],
             *made[4:6], attn_parameters['bias'], *made[6:]]
