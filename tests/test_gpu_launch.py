@@ -224,8 +224,8 @@ def test_arguments_of_a_compiled_kernel(driver, monkeypatch):
     from timm_cotnet.ops.gpu import rows
 
     kernel = rows.moments_kernel
-    constants = dict(C=64, BLOCK_P=32, BLOCK_C=64, FOLD=1, ACC=triton.language.float32)
-    signature = dict(x_ptr='*bf16', moments_ptr='*fp32', P='i32', LENGTH='i32', RUNS='i32')
+    constants = dict(ALIGN=16, BLOCK_P=32, BLOCK_C=64, FOLD=1, ACC=triton.language.float32)
+    signature = dict(x_ptr='*bf16', moments_ptr='*fp32', P='i32', LENGTH='i32', RUNS='i32', PARTS='i32')
     if launch._has_old_launcher():
         source = compiler.ASTSource(kernel, signature, constants)
     else:
@@ -233,15 +233,15 @@ def test_arguments_of_a_compiled_kernel(driver, monkeypatch):
     made = compiler.compile(source, target=backends.GPUTarget('cuda', 90, 32))
     entry = made.asm['ptx'][made.asm['ptx'].index('.entry'):]
     parameters = re.findall(r'\.param \.([bu]\d\d)', entry[:entry.index('{')])
-    assert [kind[1:] for kind in parameters[:5]] == ['64', '64', '32', '32', '32']
-    assert len(parameters) <= 7 and set(kind[1:] for kind in parameters[5:]) <= {'64'}
+    assert [kind[1:] for kind in parameters[:6]] == ['64', '64', '32', '32', '32', '32']
+    assert len(parameters) <= 8 and set(kind[1:] for kind in parameters[6:]) <= {'64'}
 
     made.function = FUNCTION
-    args = (Buffer(ADDRESS, torch.bfloat16), Buffer(2 * ADDRESS), 3136, 64, 49)
+    args = (Buffer(ADDRESS, torch.bfloat16), Buffer(2 * ADDRESS), 3136, 64, 49, 4)
     monkeypatch.setattr(type(kernel), '__getitem__', lambda *_: lambda *_, **__: made)
     monkeypatch.setattr(launch, '_kernels', {})
     for _ in range(2):
         launch.launch(kernel, (98,), *args, **constants)
     found, = driver.launches
-    assert found.arguments == [ADDRESS, 2 * ADDRESS, 3136, 64, 49, 0, 0, 0]
+    assert found.arguments == [ADDRESS, 2 * ADDRESS, 3136, 64, 49, 4, 0, 0, 0]
     assert found.block == (32 * made.metadata.num_warps, 1, 1) and found.shared == made.metadata.shared

@@ -17,8 +17,8 @@ from .watch import is_exporting_program
 def is_exporting() -> bool:
     """Whether a graph is made for a runtime: by `torch.export`, an ONNX exporter or `torch.jit.trace`.
 
-    PyTorch before 2.8 cannot always tell `torch.export` from `torch.compile`; there it gets the definition, as compilers
-    do.
+    PyTorch before 2.8 cannot always tell `torch.export` from `torch.compile`; there it gets the definition, as
+    compilers do.
     """
     return torch.jit.is_tracing() or is_exporting_program()
 
