@@ -243,5 +243,5 @@ def test_arguments_of_a_compiled_kernel(driver, monkeypatch):
     for _ in range(2):
         launch.launch(kernel, (98,), *args, **constants)
     found, = driver.launches
-    assert found.arguments == [ADDRESS, 2 * ADDRESS, 3136, 64, 49, 4, 0, 0, 0]
+    assert found.arguments == [ADDRESS, 2 * ADDRESS, 3136, 64, 49, 4, 0, 0]
     assert found.block == (32 * made.metadata.num_warps, 1, 1) and found.shared == made.metadata.shared
