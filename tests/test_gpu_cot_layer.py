@@ -92,6 +92,18 @@ def test_programs_that_walk_far(tag, monkeypatch):
 
 
 @kernels
+@pytest.mark.parametrize('tag', SMALL)
+def test_parameters_in_any_memory(tag):
+    """Those of convolutions and of the norm of the filters may lie with gaps; gradients lie as they do."""
+    layer, x = create(tag)
+    for module in layer.modules():
+        if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
+            for parameter in module.parameters():
+                parameter.data = torch.stack([parameter.data, -parameter.data], -1)[..., 0]
+    assert_trains_like_plain(train_cot_layer, layer, x, zero=of_zero_gradient(layer))
+
+
+@kernels
 @pytest.mark.parametrize('tag', ['cot_dim64_k3', 'coxt_dim96_k3'])
 def test_golden(tag):
     data = load('layers')

@@ -296,8 +296,9 @@ def test_infer_cot_layer_of_filters_in_any_memory(folded_dtype):
     layer, x = create('coxt', torch.float32)
     for change in (lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: 2 * t,
                    lambda t: torch.stack([t, -t], 4)[..., 0]):
-        for conv in (layer.key_embed[0], layer.embed[3], layer.conv1x1[0]):
-            conv.weight.data = change(conv.weight.data)
+        for module in layer.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = change(module.weight.data)
         for tensor in (*layer.parameters(), layer.bn.running_var):
             tensor.data.mul_(1.25)
         assert error(infer_cot_layer(layer.eval(), x), plain(*exact(layer, x))) < 1e-5

@@ -4,10 +4,9 @@ from typing import Dict, List, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .watch import are_all_watched, is_patched
+from .watch import TENSORS, are_all_watched, is_patched
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TENSORS = (nn.Parameter, Tensor)
 _STRIDED = torch.strided
 _CONV = nn.Conv2d
 _WEIGHTED = (nn.BatchNorm2d, nn.GroupNorm)
@@ -109,7 +108,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
         if parameters and like is not None:
             for tensor in parameters.values():  # as by `is_plain`, without its call for each
                 if tensor is not None and not (
-                        type(tensor) in _TENSORS and tensor.layout is _STRIDED
+                        type(tensor) in TENSORS and tensor.layout is _STRIDED
                         and (tensor.dtype is dtype or any_float and tensor.dtype in FLOATS)
                         and (tensor.is_cpu if is_cpu else tensor.device == device)):
                     return f'{path} has a parameter that is not a plain {dtype} tensor on {device.type}'
@@ -135,7 +134,7 @@ def why_not_conv(own: Dict, parameters: Dict[str, Optional[Tensor]]) -> Optional
 
 def is_plain(tensor: Tensor, like: Tensor, any_float: bool = False) -> bool:
     """Whether a tensor is no subclass but a parameter, dense, and on the device and in the dtype of another one."""
-    return type(tensor) in _TENSORS and tensor.layout == torch.strided \
+    return type(tensor) in TENSORS and tensor.layout == torch.strided \
         and (tensor.dtype == like.dtype or any_float and tensor.dtype in FLOATS) \
         and (tensor.is_cpu if like.is_cpu else tensor.device == like.device)
 

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
-_TENSORS = (torch.Tensor, nn.Parameter)
+TENSORS = (torch.Tensor, nn.Parameter)
 TELLS_EXPORTING = torch.__version__ >= (2, 8)  # from compiling; 2.7 only where `torch.export` is not strict
 
 
 def is_traced(x: torch.Tensor) -> bool:
     """Whether operators are watched: jit.trace, make_fx, functorch, a mode, a proxy or tensor subclass."""
     return (
-        type(x) not in _TENSORS
+        type(x) not in TENSORS
         or torch._C._is_tracing()  # torch.jit.is_tracing, less what surrounds it
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -33,7 +33,7 @@ def needs_plain_graph(*tensors: torch.Tensor) -> bool:
     """
     return torch.compiler.is_compiling() and (
         not TELLS_EXPORTING or is_exporting_program()
-        or _is_functorch_active() or _are_functions_watched() or any(type(t) not in _TENSORS for t in tensors))
+        or _is_functorch_active() or _are_functions_watched() or any(type(t) not in TENSORS for t in tensors))
 
 
 @torch.compiler.assume_constant_result  # the compiler of PyTorch 2.7 to 2.11 takes the answer to be yes

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
 from ..cot_layer import TrainingParameters
+from .images import channels_last
 from .launch import (
     Walk, accumulator, image_rows, kernels_of, launch, more_threads, over_filters, over_halves, power_of_2)
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
@@ -41,11 +42,6 @@ def _local_walk(value: Tensor, s: ContextsSettings) -> Walk:
     """How the kernels of the local convolution share out its work."""
     B, C, H, W = value.shape
     return over_halves(B, H * W, C, s.num_filters, s.groups, value.element_size())
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """What a convolution or a product gave, as kernels want it: cuDNN has none in channels-last for float64."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _local(kernel, walk: Walk, value: Tensor, s: ContextsSettings, *args: Tensor, **flags: bool) -> None:

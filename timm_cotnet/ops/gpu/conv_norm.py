@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
 from ..watch import untraced, wants_plain
-from .norm import batch_norm_table, dense, norm_again, norm_backward
+from .images import rows_of
+from .norm import alike, batch_norm_table, norm_again, norm_backward
 
 
 def conv_norm_act(
@@ -32,7 +33,7 @@ def conv_norm_act(
         residual: Summand, of the result's shape.
     """
     parameters = norm._parameters
-    x, residual = dense(x, residual)
+    x, residual = alike(x, residual)
     return ConvNormAct.apply(x, residual, conv._parameters['weight'], parameters['weight'], parameters['bias'],
                              averages_of(norm), norm.eps, relu)
 
@@ -56,7 +57,7 @@ class ConvNormAct(torch.autograd.Function):
         matrix = filters.view(channels, C)
         if matrix.dtype != dtype:
             matrix = matrix.to(dtype)
-        product = torch.mm(_rows(x), matrix.t())
+        product = torch.mm(rows_of(x), matrix.t())
         table = batch_norm_table(product, weight, bias, averages, eps)
         # no view of rows, as what follows could not change one in place
         out = torch.empty(
@@ -74,11 +75,6 @@ class ConvNormAct(torch.autograd.Function):
         return *untraced(_gradients)(grad, saved, ctx.needs_input_grad), None, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W), channels-last, as a matrix of pixels: (B * H * W, C)."""
-    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
-
-
 def _gradients(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]) -> List[Optional[Tensor]]:
     """Those of x, residual, filters, weight and bias.
 
@@ -87,17 +83,17 @@ def _gradients(grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]) ->
     """
     x, filters, weight, bias, matrix, product, table, out = saved
     need_x, need_residual, need_filters, *_ = needed
-    grad, _ = dense(grad.to(x.dtype), None)
-    x, out = dense(x, out)  # hooks may have changed what was saved
+    grad, _ = alike(grad.to(x.dtype), None)
+    x, out = alike(x, out)  # hooks may have changed what was saved
     grad_x = grad_filters = None
     with torch.cuda.device_of(x):
         grad_product, grad_residual, grads = norm_backward(grad, product, out, weight, table, need_residual)
         if need_filters:
             grad_filters = torch.empty_like(matrix)
-            torch.mm(grad_product.t(), _rows(x), out=grad_filters)
+            torch.mm(grad_product.t(), rows_of(x), out=grad_filters)
         if need_x:
             grad_x = torch.empty_like(x)
-            torch.mm(grad_product, matrix, out=_rows(grad_x))
+            torch.mm(grad_product, matrix, out=grad_x.permute(0, 2, 3, 1).view(grad_product.shape[0], -1))
         if need_filters:
             grad_filters = gradient_like(grad_filters.view(filters.shape), filters)
         grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(grads, (weight, bias)))

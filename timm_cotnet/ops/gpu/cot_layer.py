@@ -13,6 +13,7 @@ from ..compiled import LayerOperator
 from ..contexts import gradient_like
 from ..cot_layer import Settings, grouped
 from .contexts import like_attention, train_backward, train_forward
+from .images import channels_last, image_of, rows_of
 from .matrices import Matrices, from_matrices, is_dense, key_groups, like_matrices, to_matrices
 from .norm import norm_again, norm_backward, norm_forward
 
@@ -34,14 +35,14 @@ class _WithoutAutocast:
 
 def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple[Tensor, ...]:
     """Output of a layer for an x that is dense in channels-last, and what `layer_backward` needs."""
-    p, of_x = grouped(parameters), _rows(x)
+    p, of_x = grouped(parameters), rows_of(x)
     with _WithoutAutocast(x.device.type):
         m = to_matrices(p, s)
-        static_in = _rows(F.conv2d(x, m.key, None, 1, s.key_padding, s.key_dilation, key_groups(p, s)))
+        static_in = rows_of(F.conv2d(x, m.key, None, 1, s.key_padding, s.key_dilation, key_groups(p, s)))
         static, key_table = norm_forward(static_in, p.key_weight, p.key_bias, s.key_averages, s.key_eps)
         hidden_in = _product(static, m.of_key, x, _product(of_x, m.of_query, x))
         hidden, first_table = norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
-        logits, value = _image(_product(hidden, m.attn, x), x), _image(_product(of_x, m.value, x), x)
+        logits, value = image_of(_product(hidden, m.attn, x), x), image_of(_product(of_x, m.value, x), x)
         mixed, *kept = train_forward(value, logits, static, p.rest, s.averages, s.contexts)
     return mixed, *m, static_in, key_table, hidden_in, first_table, value, logits, *kept
 
@@ -61,7 +62,7 @@ def layer_backward(
     grad, x, *kept = (_dense(t) for t in (grad.to(s.dtype), x, *kept))
     m, (static_in, key_table, hidden_in, first_table, value, logits, *kept) = Matrices(*kept[:5]), kept[5:]
     with torch.cuda.device_of(x), _WithoutAutocast(x.device.type):
-        static, of_x = norm_again(static_in, key_table), _rows(x)
+        static, of_x = norm_again(static_in, key_table), rows_of(x)
         grad_value, grad_logits, grad_static, *grads = train_backward(
             grad, value, logits, static, *kept, p.rest, s.contexts)
         hidden = norm_again(hidden_in, first_table)
@@ -72,14 +73,14 @@ def layer_backward(
         of_first = [_filter_grad(grad_hidden, t, x) if need_first else None for t in (of_x, static)]
         grad_static, _, key_grads = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
         grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
-            _image(grad_static, x), x, m.key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0],
+            image_of(grad_static, x), x, m.key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0],
             key_groups(p, s), [need_x, need_key, False])
         if need_x:
-            grad_x = _channels_last(grad_x)
-            of_grad_x = _product(grad_hidden, m.of_query.t(), x, _rows(grad_x))
+            grad_x = channels_last(grad_x)
+            of_grad_x = _product(grad_hidden, m.of_query.t(), x, rows_of(grad_x))
             _product(grad_value, m.value.t(), x, of_grad_x)
         grad_value = _filter_grad(grad_value, of_x, x) if need_value else None
-        grad_key = _channels_last(grad_key) if need_key else None
+        grad_key = channels_last(grad_key) if need_key else None
         (grad_key, grad_first, grad_attn, grad_value), sums = from_matrices(
             (grad_key, *of_first, grad_attn, grad_value), grads.pop(), p, s)
         filter_weight, filter_bias, conv_bias = sums
@@ -118,7 +119,7 @@ train_cot_layer = LayerOperator('train_cot_layer', layer_forward, layer_backward
 def _product(x: Tensor, filters: Tensor, image: Tensor, addend: Optional[Tensor] = None) -> Tensor:
     """A 1x1 convolution of an image's rows with filters (out, channels); the sum is written over addend."""
     if x.dtype == torch.float32:  # whether it may run in TF32 is said for convolutions and for products apart
-        out = _rows(F.conv2d(_image(x, image), filters[:, :, None, None]))
+        out = rows_of(F.conv2d(image_of(x, image), filters[:, :, None, None]))
         return out if addend is None else addend.add_(out)
     return torch.mm(x, filters.t()) if addend is None else addend.addmm_(x, filters.t())
 
@@ -127,30 +128,15 @@ def _filter_grad(grad: Tensor, x: Tensor, image: Tensor) -> Tensor:
     """Gradient of the filters of a 1x1 convolution, (out, channels), of an image's rows."""
     if x.dtype != torch.float32:
         return torch.mm(grad.t(), x)
-    grad, x = _image(grad, image), _image(x, image)
+    grad, x = image_of(grad, image), image_of(x, image)
     filters = grad.new_empty(grad.shape[1], x.shape[1], 1, 1)
     return torch.ops.aten.convolution_backward(
         grad, x, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])[1].flatten(1)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W), channels-last, as a matrix of pixels: (B * H * W, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _image(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_rows` for an image of the same size."""
-    B, _, H, W = like.shape
-    return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _dense(x: Tensor) -> Tensor:
     if x.ndim == 4 and x.shape[1] != 1:
-        return _channels_last(x)
+        return channels_last(x)
     return x.contiguous()
 
 

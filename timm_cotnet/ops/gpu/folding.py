@@ -5,7 +5,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .launch import accumulator, launch, power_of_2
+from .launch import accumulator, kernels_of, launch, power_of_2
 from .matrices import is_dense
 
 _BLOCK_O, _BLOCK_J = 8, 256
@@ -85,8 +85,6 @@ def _plan_of_layer(
 
 def fold_layer(layer: nn.Module, dtype: torch.dtype) -> LayerFilters:
     """The filters of a `CotLayer` or `CoxtLayer` in evaluation."""
-    from . import folding_kernels
-
     parts = layer._modules
     key, key_norm, _ = parts['key_embed']._modules.values()
     first, first_norm, _, attn, group_norm = parts['embed']._modules.values()
@@ -101,8 +99,8 @@ def fold_layer(layer: nn.Module, dtype: torch.dtype) -> LayerFilters:
     (table_dtype, acc), C = accumulator(dtype), weight.shape[0]
     out = torch.empty(plan.size, dtype=dtype, device=weight.device)
     table = torch.empty(-(-C // 64) * 64 + 2 * se.out_channels, dtype=table_dtype, device=weight.device)
-    launch(folding_kernels.fold_layer_kernel, (plan.programs,),
-           weight, first.weight, attn.weight.contiguous(), conv.weight.contiguous(),
+    launch(kernels_of('folding_kernels').fold_layer_kernel, (plan.programs,),
+           weight, *(t.contiguous() for t in (first.weight, attn.weight, conv.weight)),
            *(t for norm in norms for t in _tensors(norm)), out, table, **plan.constants,
            KEY=norms[0].eps, FIRST=norms[1].eps, VALUE=norms[2].eps, NORM=norms[3].eps, SE=norms[4].eps,
            BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, BLOCK_A=power_of_2(se.out_channels), ACC=acc)
@@ -114,12 +112,10 @@ def fold_layer(layer: nn.Module, dtype: torch.dtype) -> LayerFilters:
 
 def order_filters(layer: nn.Module) -> Tensor:
     """Filters of the convolution that makes the logits in a `FoldedCotLayer`: (N, H), tap by tap, without groups."""
-    from . import folding_kernels
-
     _, attn, norm = layer._modules['embed']._modules.values()
     weight, rows = attn.weight, attn.out_channels
     out = torch.empty(rows, attn.in_channels, dtype=weight.dtype, device=weight.device)
-    launch(folding_kernels.order_filters_kernel, (_tiles(rows),), weight.contiguous(), out, HIDDEN=attn.in_channels,
+    launch(kernels_of('folding_kernels').order_filters_kernel, (_tiles(rows),), weight.contiguous(), out, HIDDEN=attn.in_channels,
            GROUPS=layer.groups, GS=norm.num_groups // layer.groups, TAPS=layer.kernel_size ** 2,
            BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, ACC=accumulator(weight.dtype)[1])
     return out
@@ -142,13 +138,11 @@ def fold_block(
         dtype: torch.dtype,
 ) -> BlockFilters:
     """The filters of 1x1 convolutions without groups and bias, with the norms behind them in evaluation."""
-    from . import folding_kernels
-
     plan = _plan_of_block(
         conv1.in_channels, conv1.out_channels, conv3.in_channels, conv3.out_channels, shortcut is not None)
     conv, norm = shortcut or (conv3, norm3)
     out = torch.empty(plan.size, dtype=dtype, device=conv1.weight.device)
-    launch(folding_kernels.fold_block_kernel, (plan.programs,),
+    launch(kernels_of('folding_kernels').fold_block_kernel, (plan.programs,),
            conv1.weight.contiguous(), *_tensors(norm1), conv3.weight.contiguous(), *_tensors(norm3),
            conv.weight.contiguous(), *_tensors(norm), out, **plan.constants, EPS1=norm1.eps, EPS3=norm3.eps,
            EPS=norm.eps, BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, ACC=accumulator(dtype)[1])

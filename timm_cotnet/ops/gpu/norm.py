@@ -13,11 +13,11 @@ from .launch import Walk, accumulator, all_rows, kernels_of, launch
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`relu(norm(x) + residual)` with the statistics of the batch, (B, C, H, W) -> (B, C, H, W), channels-last."""
     parameters = norm._parameters
-    x, residual = dense(x, residual)  # out here, so that a second derivative knows where they come from
+    x, residual = alike(x, residual)  # out here, so that a second derivative knows where they come from
     return NormAct.apply(x, residual, parameters['weight'], parameters['bias'], averages_of(norm), norm.eps, relu)
 
 
-def dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+def alike(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
     """Both channels-last, in the dtype of x."""
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -27,7 +27,7 @@ def dense(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tenso
 def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`norm_act` with the running statistics and without a gradient."""
     rows = kernels_of('rows')
-    x, residual = dense(x, residual)
+    x, residual = alike(x, residual)
     out, walk = torch.empty_like(x), all_rows(x, sums=False)
     launch(rows.norm_act_kernel, walk.grid,
            x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.rows,

@@ -8,19 +8,18 @@ from torch import Tensor, nn
 from .. import conditions, onednn
 from ..contexts import ContextsSettings
 from ..parts import has_bias, is_plain, why_not_conv
-from ..watch import are_watched
-from .contexts import Mixing, channels_last, compiled_contexts, infer_contexts, infer_filter_table, tap_by_tap
+from ..watch import TENSORS, are_watched
+from .contexts import Mixing, compiled_contexts, infer_contexts, infer_filter_table, tap_by_tap
 from .conv_norm import conv_norm_act
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
+from .images import channels_last
 from .norm import norm_act, norm_act_eval
 from .pool import avg_pool
 
 __all__ = [
     'infer_bottleneck', 'infer_cot_layer', 'infer_folded_bottleneck', 'infer_folded_cot_layer', 'infer_folded_stem',
     'padded_pool', 'pool', 'train_bottleneck', 'train_cot_layer']
-
-_TENSORS = (Tensor, nn.Parameter)
 
 
 def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def _conv_norm(
         residual: Optional[Tensor] = None,
 ) -> Tensor:
     """`relu(norm(conv(x)) + residual)` of modules that are known, as a product of matrices if it can be one."""
-    if norm.training and type(x) in _TENSORS and x.ndim == 4 and _folds(conv, norm):
+    if norm.training and type(x) in TENSORS and x.ndim == 4 and _folds(conv, norm):
         filters, (B, C, H, W), outputs = conv._parameters['weight'], x.shape, norm.num_features
         is_cast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
@@ -47,16 +46,16 @@ def _conv_norm(
         if dtype != torch.float32 and x.dtype in known and filters.dtype in known \
                 and x.device == filters.device == norm._parameters['weight'].device \
                 and C == conv.in_channels and 1 < B * H * W < 2 ** 31 // max(C, outputs) \
-                and (residual is None or type(residual) in _TENSORS and residual.shape == (B, outputs, H, W)):
+                and (residual is None or type(residual) in TENSORS and residual.shape == (B, outputs, H, W)):
             return conv_norm_act(x if x.dtype == dtype else x.to(dtype), conv, norm, relu, residual)
     return _norm(conv(x), norm, relu, residual)
 
 
 def _norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`relu(norm(x) + residual)`, by a kernel if it can take what came from modules, which may be any."""
-    if type(x) in _TENSORS and x.device == norm.weight.device and x.ndim == 4 \
+    if type(x) in TENSORS and x.device == norm.weight.device and x.ndim == 4 \
             and x.shape[1] == norm.num_features < x.numel() < 2 ** 31 \
-            and (residual is None or type(residual) in _TENSORS and residual.shape == x.shape):
+            and (residual is None or type(residual) in TENSORS and residual.shape == x.shape):
         return (norm_act if norm.training else norm_act_eval)(x, norm, relu, residual)
     out = norm(x)
     if residual is not None:
