@@ -2,13 +2,16 @@
 import copy
 
 import pytest
+import timm
 import torch
+from golden import filled
 from helpers import (
     MODULES, assert_parts_are_as_pytorch_wants_them, create, difference, image, needs_export_flag, needs_kernels)
+from timm.utils import reparameterize_model
 from torch._dynamo import compiled_autograd
 
 from timm_cotnet import CotLayer, local_conv
-from timm_cotnet.ops import conditions, cot_layer
+from timm_cotnet.ops import conditions, cot_layer, onednn
 from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.reference import local_conv_reference
 
@@ -91,6 +94,32 @@ def test_a_layer_is_one_operator():
     torch._dynamo.reset()
     (graph,) = graphs_of(layer, x)  # of its own modules
     assert operators(graph) == ['local_conv_on_cpu.default']
+
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_folded_stage_adds_in_place_where_nobody_else_looks(backend):
+    if (reason := onednn.why_not_packed(torch.float32)) is not None:
+        pytest.skip(reason)
+    stage = reparameterize_model(filled(timm.create_model('cotnet50', layers=(3, 1, 1, 1))).eval()).layer1.float()
+    x = image(2, 64, memory_format=torch.channels_last)
+    before, exact = x.clone(), copy.deepcopy(stage).double()
+    (graph,) = graphs_of(stage, x)
+    in_layer = 1  # the sum of query and keys
+    assert operators(graph).count('conv2d_act_') == len(stage) * (1 + in_layer)
+    torch._dynamo.reset()
+    out = torch.compile(stage, fullgraph=True, backend=backend)(x)
+    assert torch.equal(x, before) and difference(out, exact(x.double())) < 1e-5
+    # a block by itself must not write over its input, nor one whose output is looked at
+    block = stage[1]
+    x = image(2, 256, memory_format=torch.channels_last)
+    before = x.clone()
+    torch._dynamo.reset()
+    (graph,) = graphs_of(block, x)
+    assert operators(graph).count('conv2d_act_') == in_layer
+    torch._dynamo.reset()
+    out = torch.compile(block, fullgraph=True, backend=backend)(x)
+    assert torch.equal(x, before) and difference(out, exact[1](x.double())) < 1e-5
 
 
 def test_dynamic_batch():

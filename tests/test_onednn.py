@@ -59,6 +59,19 @@ def test_operator(kwargs):
     torch.library.opcheck(torch.ops.timm_cotnet.conv2d_act, (x, conv.weight, conv.bias, None, *args, 'relu'))
 
 
+@pytest.mark.parametrize('memory_format', [torch.channels_last, torch.contiguous_format])
+@torch.no_grad()
+def test_operator_that_overwrites(memory_format):
+    conv = nn.Conv2d(16, 24, 3, padding=1).requires_grad_(False)
+    args = (conv.weight, conv.bias)
+    x, addend = torch.randn(2, 16, 5, 4), torch.randn(2, 24, 5, 4).contiguous(memory_format=memory_format)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups, 'relu')
+    torch.library.opcheck(torch.ops.timm_cotnet.conv2d_act_, (x, *args, addend, *geometry))
+    expected = F.relu(conv(x) + addend)
+    torch.ops.timm_cotnet.conv2d_act_(x, *args, addend, *geometry)
+    assert (addend - expected).abs().max() < 1e-5
+
+
 # What may happen to the filters of a convolution between two calls.
 
 
@@ -205,30 +218,42 @@ with torch.no_grad():
 
 
 @torch.no_grad()
-def test_packed_once_whatever_the_input(monkeypatch):
+@pytest.mark.parametrize('kwargs, counts', [  # of products of matrices, and of convolutions
+    (dict(kernel_size=1), (1, 1, 1)), (dict(kernel_size=3, padding=1, groups=4), (1, 2, 4))], ids=str)
+def test_packed_once_for_one_image_and_once_for_several(monkeypatch, kwargs, counts):
     packed = []
     for name in ('pack', 'pack_linear'):
         make = getattr(onednn, name)
         monkeypatch.setattr(onednn, name, lambda *args, make=make: packed.append(make) or make(*args))
-    for conv in (nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=4)):
-        packed.clear()
-        for batch, size in ((1, 7), (8, 7), (3, 14), (2, 5), (1, 7)):
+    conv = nn.Conv2d(16, 16, **kwargs)
+    inputs = [(1, 7)], [(8, 7), (3, 7), (1, 7), (64, 7)], [(2, 14), (1, 5), (5, 14), (1, 7), (3, 7)]
+    for count, shapes in zip(counts, inputs):
+        for batch, size in shapes:
             x = torch.randn(batch, 16, size, size)
             assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
-        assert len(packed) == 1
+        assert len(packed) == count
+
+
+@torch.no_grad()
+def test_no_more_than_a_few_are_kept():
+    conv, storages = nn.Conv2d(16, 16, 3), onednn._KEPT
+    for size in range(3, 20):
+        x = torch.randn(1, 16, size, size)
+        assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
+    assert len(storages[conv.weight.untyped_storage()._cdata].made) == 8
 
 
 @torch.no_grad()
 def test_what_cannot_be_watched_is_not_packed():
     conv, x = nn.Conv2d(8, 8, 1), torch.randn(2, 8, 5, 5)
     conv.weight.data = torch.from_numpy(conv.weight.numpy().copy())  # not PyTorch's memory
-    assert kept(conv.weight, onednn.pack_linear, hint=x) is None
+    assert kept(conv.weight, onednn.pack_linear) is None
     assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
     conv = nn.Conv2d(8, 8, 1)
     tied = conv.weight.data  # whoever has it may have a raw view of it, too
-    assert kept(conv.weight, onednn.pack_linear, hint=x) is None
+    assert kept(conv.weight, onednn.pack_linear) is None
     del tied
-    assert kept(conv.weight, onednn.pack_linear, hint=x) is not None
+    assert kept(conv.weight, onednn.pack_linear) is not None
 
 
 @torch.no_grad()

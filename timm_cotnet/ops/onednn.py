@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .parts import FoundBlock
 from .watch import are_watched
 
+_MOST_KEPT = 8  # results for a parameter: packed for one image and for several, of four sizes
 POST_OPS = {'none': lambda x: x, 'relu': F.relu, 'swish': F.silu}  # by oneDNN's names
 
 
@@ -47,14 +48,13 @@ def _new_lock() -> None:  # another thread may have held it when the process for
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def kept(weight: Tensor, make: Callable, *args: Hashable, hint: Any = None) -> Optional[Any]:
+def kept(weight: Tensor, make: Callable, *args: Hashable) -> Optional[Any]:
     """`make(weight, *args)`, made anew only after weight was written to; None if that could not be told.
 
     Args:
         weight: Parameter, of any shape.
-        make: Function of a tensor like it; with a hint, `make(weight, *args, hint)`.
-        *args: Its further arguments, by which results are told apart.
-        hint: What may help and changes no result, such as the size of the first input.
+        make: Function of a tensor like it.
+        *args: Its further arguments, by which results are told apart; of each parameter the last few are kept.
     """
     storage = weight.untyped_storage()
     key = storage._cdata
@@ -71,9 +71,11 @@ def kept(weight: Tensor, make: Callable, *args: Hashable, hint: Any = None) -> O
             clone = torch._lazy_clone(weight.detach())
         except RuntimeError:  # memory that is not PyTorch's own
             return None
-        made = make(clone.clone(), *args) if hint is None else make(clone.clone(), *args, hint)
+        made = make(clone.clone(), *args)
         if found is None or found.storage() is not storage:
             found = _KEPT[key] = _Kept(weakref.ref(storage, lambda _: _KEPT.pop(key, None)), {})
+        elif len(found.made) == _MOST_KEPT:
+            del found.made[next(iter(found.made))]
         found.made[make, args] = _Made(made, clone, clone.dtype, clone.shape, clone.stride())
     return made
 
@@ -134,7 +136,7 @@ def conv2d_act(
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
     pointwise = addend is None and groups == 1 and weight.shape[2:] == (1, 1) and geometry[:2] == ((0, 0), (1, 1))
-    packed = kept(weight, pack_linear, hint=x) if pointwise else kept(weight, pack, *geometry, hint=x)
+    packed = kept(weight, pack_linear) if pointwise else kept(weight, pack, *geometry, _alike(x.shape))
     if packed is None:
         out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         out = POST_OPS[act](out if addend is None else out + addend)
@@ -151,28 +153,50 @@ def conv2d_act(
     return ops._convolution_pointwise.binary(x, addend, packed, bias, *geometry, *behind)
 
 
-def pack_linear(weight: Tensor, x: Tensor) -> Tensor:
-    """Filters of a 1x1 convolution in oneDNN's order for matrix products, chosen for an x like the first one."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), x.numel() // x.shape[1])
+def pack_linear(weight: Tensor) -> Tensor:
+    """Filters of a 1x1 convolution in oneDNN's order for matrix products, the same for any number of pixels but one."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1).contiguous(), 196)
 
 
-def pack(weight: Tensor, padding: Tuple, stride: Tuple, dilation: Tuple, groups: int, x: Tensor) -> Tensor:
-    """Filters in oneDNN's order for convolutions, chosen for an x like the first one; other sizes take it as well."""
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, stride, dilation, groups, x.shape)
+def pack(
+        weight: Tensor, padding: Tuple, stride: Tuple, dilation: Tuple, groups: int, shape: Tuple[int, ...]) -> Tensor:
+    """Filters in oneDNN's order for convolutions of an x of this shape; for others they are ordered anew at each call.
+
+    That may take 20 times as long as the convolution.
+    """
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, stride, dilation, groups, shape)
 
 
-# of an operator, for which a GPU has another implementation
+def _alike(shape: torch.Size) -> Tuple[int, ...]:
+    """The shape in whose stead all are packed for that differ in the number of images only, if it is not one."""
+    return (1 if shape[0] == 1 else 8, *shape[1:])
+
+
+def conv2d_act_(x: Tensor, weight: Tensor, bias: Optional[Tensor], addend: Tensor, *args: Any) -> None:
+    """`conv2d_act` whose result takes the place of addend."""
+    out = conv2d_act(x, weight, bias, addend, *args, overwrite=True)
+    if out.data_ptr() != addend.data_ptr():
+        addend.copy_(out)
+
+
+# of operators; for the first a GPU has another implementation
 LIBRARY = torch._library.custom_ops.get_library_allowing_overwrite('timm_cotnet', 'conv2d_act')
-LIBRARY.define(
-    'conv2d_act(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt[] stride, SymInt[] padding, '
-    'SymInt[] dilation, SymInt groups, str act) -> Tensor')
+_GEOMETRY = 'SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str act'
+LIBRARY.define(f'conv2d_act(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, {_GEOMETRY}) -> Tensor')
 LIBRARY.impl('conv2d_act', conv2d_act, 'CPU')
+LIBRARY.define(f'conv2d_act_(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) addend, {_GEOMETRY}) -> ()')
+LIBRARY.impl('conv2d_act_', conv2d_act_, 'CPU')
 
 
 @torch.library.register_fake('timm_cotnet::conv2d_act', lib=LIBRARY)
 def _(x, weight, bias, addend, stride, padding, dilation, groups, act):
     out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return torch.empty_like(out, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake('timm_cotnet::conv2d_act_', lib=LIBRARY)
+def _(*args):
+    return None
 
 
 def run_conv2d(
@@ -186,7 +210,11 @@ def run_conv2d(
     weight, bias = conv._parameters['weight'], conv._parameters['bias']
     args = (weight, bias, addend, conv.stride, conv.padding, conv.dilation, conv.groups, act)
     if torch.compiler.is_compiling():
-        return torch.ops.timm_cotnet.conv2d_act(x, *args)
+        if not overwrite:
+            return torch.ops.timm_cotnet.conv2d_act(x, *args)
+        # a compiler copies what it still needs
+        torch.ops.timm_cotnet.conv2d_act_(x, *args)
+        return addend
     return conv2d_act(x, *args, overwrite)
 
 
