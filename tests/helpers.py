@@ -209,6 +209,8 @@ class PlainWing:
 
     @staticmethod
     def _mix(dynamic, static, attn):
+        if attn.shape[1] == dynamic.shape[1]:  # the difference of the logits
+            attn = torch.stack([torch.zeros_like(attn), attn], 2).flatten(1, 2)
         weights = attn.view(attn.shape[0], -1, 2, 1, 1).softmax(2)
         return dynamic * weights[:, :, 0] + static * weights[:, :, 1]
 

@@ -245,6 +245,7 @@ FOLDED_LAYER = {
     'dtype': (lambda m: m.se.double(), r'se\.0 has a parameter that is not a plain torch\.float32 tensor'),
     'query': (replaced('query', nn.Conv2d(32, 16, 3, padding=1)), 'query, key, embed.1 or value is not a 1x1'),
     'mixing': (replaced('se.0', nn.Conv2d(32, 32, 1, bias=False)), 'se is not made of two 1x1 convolutions'),
+    'logits': (replaced('se.2', nn.Conv2d(32, 64, 1)), 'to as many logits as there are'),
     'group norm': (replaced('embed.2', nn.GroupNorm(2, 36)), 'filters or their norm have other sizes'),
     'scale': (lambda m: setattr(m, 'scale', nn.Parameter(torch.ones(32))), 'more than a shift is left of the norm'),
     'shift': (lambda m: setattr(m, 'shift', nn.Parameter(torch.zeros(32).double())), 'more than a shift is left'),

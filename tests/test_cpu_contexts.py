@@ -123,19 +123,21 @@ def test_large_mean():
     assert_close(trained(layer, tensors), exact(layer, tensors)[0], 1e-3)
 
 
-def folded_parameters(layer):
+def folded_parameters(layer, paired=True):
     """Those of `contexts_folded`, in order."""
     norm, se = layer.embed[4], layer.se
-    return [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, se[3].weight, se[3].bias]
+    last = [se[3].weight, se[3].bias] if paired else [t[1::2] - t[::2] for t in (se[3].weight, se[3].bias)]
+    return [norm.weight, norm.bias, layer.bn.bias, se[0].weight, se[0].bias, *last]
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('paired', [True, False])
 @pytest.mark.parametrize('layer_cls, kwargs, shape', LAYERS)
-def test_folded(layer_cls, kwargs, shape, threads, dtype, tolerance):
+def test_folded(layer_cls, kwargs, shape, paired, threads, dtype, tolerance):
     layer = create(layer_cls, **kwargs).to(dtype)
     tensors = inputs(layer, *shape, dtype=dtype)
-    p = folded_parameters(layer)
+    p = folded_parameters(layer, paired)
     settings = layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].eps
     expected, _ = exact(layer, tensors, [None, None, p[0], p[1], None, *p[2:5], None, None, *p[5:]])
     with threads_set(threads), torch.no_grad():

@@ -131,6 +131,21 @@ def test_autocast(name):
             assert difference(folded(x), module(x.double())) < 0.05
 
 
+@pytest.mark.parametrize('change, logits', [
+    (lambda layer: None, 1), (lambda layer: layer.se[3].register_forward_hook(lambda *_: None), 2),
+    (lambda layer: layer.se.__setitem__(3, nn.Conv2d(32, 64, 1, groups=2)), 2),
+    (lambda layer: layer.se.__setitem__(3, nn.Conv2d(32, 64, 1, bias=False)), 1)])
+def test_logits_of_the_mix(change, logits):
+    """Their difference is all that is made of them; where the convolution that makes them is known."""
+    layer = create('CotLayer').eval()
+    change(layer)
+    layer.double()
+    folded = fold(layer)
+    assert folded.se[2].out_channels == logits * layer.dim and folded.paired == (logits == 2)
+    x = image(2, 32, dtype=torch.float64)
+    assert difference(folded(x), layer(x)) < 1e-12
+
+
 def test_gradients_of_folded_modules():
     for name in MODULES:
         module = create(name).double().eval()

@@ -276,10 +276,11 @@ def test_norm_of_filters_of_small_images(kernel_size, groups, filters, mean, mon
     (1, 64, 32, 98, torch.float32), (3, 48, 24, 9, torch.float64), (33, 96, 48, 3, torch.float32),
     (2, 40, 20, 1, torch.float32), (2, 128, 64, 8, torch.float32), (40, 64, 32, 5, torch.float64)])
 @pytest.mark.parametrize('normed', [False, True])
-def test_mixing_weights(B, C, hidden, runs, dtype, normed):
+@pytest.mark.parametrize('logits', [1, 2])  # of a channel
+def test_mixing_weights(B, C, hidden, runs, dtype, normed, logits):
     """Of any number of images and runs: several programs have the logits of an image if images are few."""
     torch.manual_seed(0)
-    shapes = (B, runs, C), (hidden, C), (hidden,), (2, hidden), (2 * C, hidden), (2 * C,)
+    shapes = (B, runs, C), (hidden, C), (hidden,), (2, hidden), (logits * C, hidden), (logits * C,)
     tensors = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
     pooled, weight1, bias1, table, weight2, bias2 = tensors
     out = contexts.infer_attention(pooled, contexts.Mixing(weight1, bias1, table if normed else None, weight2, bias2))

@@ -103,7 +103,8 @@ class FoldedCotLayer(nn.Module):
     """`CotLayer` or `CoxtLayer` with folded batch norms: (B, dim, H, W) -> (B, dim, H, W).
 
     Query and keys have a convolution each, whose sum is that of the concatenation. The norm behind the local
-    convolution has gone into the values (its scale, as the operator is linear in them) and into `shift`.
+    convolution has gone into the values (its scale, as the operator is linear in them) and into `shift`. Of the two
+    logits of a channel, `se` makes the difference, unless `paired`.
 
     Args:
         layer: The layer to convert, for which `why_not_folded` is None; left as it is.
@@ -144,6 +145,9 @@ class FoldedCotLayer(nn.Module):
 
         conv, norm, act, last = layer.se
         affine = affine_of(norm)
+        self.paired = not is_pointwise(last) or last.groups != 1 or last.out_channels != 2 * layer.dim
+        if not self.paired:
+            last = _difference(last)
         self.se = _sequence(layer.training, fold_norm(conv, affine), affine.act, act, last)
         self.training = layer.training  # parts keep their own mode
 
@@ -154,7 +158,14 @@ class FoldedCotLayer(nn.Module):
         if self.scale is not None:
             dynamic = dynamic * self.scale.view(-1, 1, 1)
         dynamic = self.act(dynamic + self.shift.view(-1, 1, 1))
-        return mix_contexts(dynamic, static, self.se(pool_contexts(dynamic, static)))
+        return mix_contexts(dynamic, static, self.se(pool_contexts(dynamic, static)), self.paired)
+
+
+def _difference(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution for the odd channels of conv less those before them."""
+    weight, bias = (None if t is None else t.detach() if t.dtype == torch.float64 else t.detach().float()
+                    for t in (conv.weight, conv.bias))
+    return conv_like(conv, weight[1::2] - weight[::2], None if bias is None else bias[1::2] - bias[::2])
 
 
 def why_not_folded(layer: nn.Module) -> Optional[str]:

@@ -71,8 +71,6 @@ def _onnxruntime(net: nn.Module, x: torch.Tensor) -> Task:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # threads that wait by spinning take time from whose turn it is
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     with tempfile.TemporaryDirectory() as folder:
         session = onnxruntime.InferenceSession(_export(net, x, folder), options, providers=['CPUExecutionProvider'])
     feed = {session.get_inputs()[0].name: x.contiguous().numpy()}

@@ -104,10 +104,10 @@ def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
     return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == groups
 
 
-def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int) -> bool:
+def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int, logits: int) -> bool:
     return (
         _is_pointwise(first, 1) and _is_pointwise(second, 1) and has_bias(first) and has_bias(second)
-        and second.out_channels == 2 * dim == 2 * first.in_channels and second.in_channels == first.out_channels
+        and first.in_channels == dim and second.out_channels == logits and second.in_channels == first.out_channels
     )
 
 
@@ -182,7 +182,7 @@ def _why_not_convs(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor) -> Opti
     C = x.shape[1]
     if not all(_is_pointwise(m[path], layer.groups) for path in ('embed.0', 'embed.3', 'conv1x1.0')):
         return 'embed.0, embed.3 or conv1x1.0 is not a 1x1 convolution with the groups of the layer'
-    if not _is_mixing(m['se.0'], m['se.3'], C):
+    if not _is_mixing(m['se.0'], m['se.3'], C, 2 * C):
         return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
     embed = m['embed.0']
     if has_bias(embed) or embed.in_channels != 2 * C or not embed._parameters['weight'].is_contiguous():
@@ -325,8 +325,8 @@ def _why_not_folded(layer: nn.Module, m: Dict[str, nn.Module], like: Tensor, C: 
     query, key, attn, value = m['query'], m['key'], m['embed.1'], m['value']
     if not all([_is_pointwise(conv, layer.groups) for conv in (query, key, attn, value)]):
         return 'query, key, embed.1 or value is not a 1x1 convolution with the groups of the layer'
-    if not _is_mixing(m['se.0'], m['se.2'], C):
-        return 'se is not made of two 1x1 convolutions with a bias, from dim channels to twice as many'
+    if not _is_mixing(m['se.0'], m['se.2'], C, 2 * C if layer.paired else C):
+        return 'se is not made of two 1x1 convolutions with a bias, from dim channels to as many logits as there are'
     if not _makes_static(m['key_embed.0'], C) or not value.in_channels == query.in_channels == key.in_channels == C \
             or not query.out_channels == key.out_channels == attn.in_channels:
         return 'key_embed.0, query, key or value has other sizes than the layer gives it'

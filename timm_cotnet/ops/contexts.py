@@ -26,7 +26,7 @@ class ContextsParameters(NamedTuple):
     se_bias1: Tensor
     se_norm_weight: Optional[Tensor]  # (A), its batch norm; None: no norm
     se_norm_bias: Optional[Tensor]
-    se_weight2: Tensor  # (2 * C, A, 1, 1), its second convolution
+    se_weight2: Tensor  # (2 * C, A, 1, 1), its second convolution; (C, A, 1, 1): the difference of its two logits
     se_bias2: Tensor
 
 
@@ -71,7 +71,8 @@ def contexts(value: Tensor, logits: Tensor, static: Tensor, p: ContextsParameter
     attn = F.conv2d(pool_contexts(dynamic, static), p.se_weight1, p.se_bias1)
     if p.se_norm_weight is not None:
         attn = F.batch_norm(attn, None, None, p.se_norm_weight, p.se_norm_bias, True, 0., s.se_eps)
-    return mix_contexts(dynamic, static, F.conv2d(F.relu(attn), p.se_weight2, p.se_bias2))
+    attn = F.conv2d(F.relu(attn), p.se_weight2, p.se_bias2)
+    return mix_contexts(dynamic, static, attn, attn.shape[1] != static.shape[1])
 
 
 def pool_contexts(dynamic: Tensor, static: Tensor) -> Tensor:
@@ -81,20 +82,24 @@ def pool_contexts(dynamic: Tensor, static: Tensor) -> Tensor:
     return dynamic.mean((2, 3), keepdim=True) + static.mean((2, 3), keepdim=True)
 
 
-def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor) -> Tensor:
+def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor, paired: bool = True) -> Tensor:
     """Sum of both contexts, weighted in each channel by the softmax of its two logits.
 
     Args:
         dynamic: Dynamic context, (B, C, H, W).
         static: Static context, (B, C, H, W).
-        attn: Logits, of dynamic and static in turn for each channel, (B, 2 * C, 1, 1).
+        attn: Logits, of dynamic and static in turn for each channel, (B, 2 * C, 1, 1); or if not paired by how much that
+            of static is larger, (B, C, 1, 1).
+        paired: Whether there are two logits for each channel.
 
     Returns:
         (B, C, H, W), in the dtype of dynamic.
     """
     B, C = dynamic.shape[0], dynamic.shape[1]
-    weights = attn.view(B, C, 2, 1).softmax(2).to(dynamic.dtype)
     static = static.to(dynamic.dtype)
+    if not paired:
+        return dynamic + (static - dynamic) * attn.sigmoid().to(dynamic.dtype)
+    weights = attn.view(B, C, 2, 1).softmax(2).to(dynamic.dtype)
     if torch.jit.is_scripting() or _is_exporting():
         return static + (dynamic - static) * weights[:, :, :1]
     weights = weights.split(1, 2)  # (B, C, 1, 1) twice

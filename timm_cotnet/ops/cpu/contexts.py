@@ -21,7 +21,7 @@ class _Folded(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             'filter_weight', 'filter_bias', 'shift', 'weight1', 'bias1', 'weight2', 'bias2')),
-        ('eps', ctypes.c_double), ('hidden', ctypes.c_long)]
+        ('eps', ctypes.c_double), ('hidden', ctypes.c_long), ('logits', ctypes.c_long)]
 
 
 class Norm(ctypes.Structure):
@@ -78,7 +78,8 @@ def contexts_folded(
         static: Static context, (B, C, H, W).
         parameters: Weight and bias of the group norm, (G * k * k) each; what is added to the local convolution, (C);
             weight and bias of the first convolution of the mix, (A, C, 1, 1) and (A); those of its second, (2 * C, A,
-            1, 1) and (2 * C), the logits of the dynamic and of the static context in turn.
+            1, 1) and (2 * C), the logits of the dynamic and of the static context in turn, or (C, A, 1, 1) and (C), by
+            how much the latter is larger.
         kernel_size: k, odd, at most `MAX_KERNEL_SIZE` of local_conv.py.
         dilation: Distance between the taps of a filter, in pixels.
         groups: Number of slices of the channels, each of which has its own slice of the filters.
@@ -90,7 +91,7 @@ def contexts_folded(
     shape = Shape.of(value, logits.shape[1] // kernel_size ** 2, groups, kernel_size, dilation)
     call(
         'contexts_folded', value.dtype, ctypes.byref(shape),
-        ctypes.byref(_Folded(*(p.data_ptr() for p in parameters), filter_eps, parameters[3].shape[0])),
+        ctypes.byref(_Folded(*(p.data_ptr() for p in parameters), filter_eps, len(parameters[4]), len(parameters[6]))),
         value, logits, static, out)
     return out
 

@@ -6,9 +6,9 @@ convolution, shift, SiLU, pooling, and the mix of the static and the dynamic con
 typedef struct {
     const SCALAR *filter_weight, *filter_bias; /* group norm */
     const SCALAR *shift;                       /* behind the local convolution */
-    const SCALAR *weight1, *bias1, *weight2, *bias2; /* of the mix: C -> hidden -> 2 * C, see `mix_weights` */
+    const SCALAR *weight1, *bias1, *weight2, *bias2; /* of the mix: C -> hidden -> logits, see `mix_weights` */
     double eps;
-    long hidden;
+    long hidden, logits; /* 2 * C or C */
 } Parameters;
 
 /* A thread's memory: for rows, for sums over its part of an image, and for what belongs to a whole image, the affine
@@ -24,7 +24,7 @@ static Part new_part(const Shape *s, const Parameters *p, Memory *memory) {
     return (Part){
         new_rows(s, memory), take_floats(memory, channels + LANES), take_floats(memory, 3 * n), take_floats(memory, n),
         take_floats(memory, n), take_floats(memory, channels), take_floats(memory, channels),
-        take_floats(memory, p->hidden), take_floats(memory, 2 * channels), take_floats(memory, channels),
+        take_floats(memory, p->hidden), take_floats(memory, p->logits), take_floats(memory, channels),
         take_doubles(memory, 2 * n), take_doubles(memory, channels)};
 }
 
@@ -132,7 +132,7 @@ static void shift_act(
 }
 
 /* The weights of the static context, (C), from both contexts' sums over the image, by a softmax over each channel's
-   logits of the dynamic and of the static context. */
+   logits of the dynamic and of the static context; or by a sigmoid of their difference, if that is the only logit. */
 static void mix_weights(const Shape *s, const Parameters *p, const Part *parts, int slices) {
     long channels = s->channels;
     float *pooled = parts->pooled, *hidden = parts->hidden, *logits = parts->logits;
@@ -143,8 +143,10 @@ static void mix_weights(const Shape *s, const Parameters *p, const Part *parts, 
     }
     affine_layer(pooled, channels, p->hidden, p->weight1, p->bias1, hidden);
     for (long i = 0; i < p->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
-    affine_layer(hidden, p->hidden, 2 * channels, p->weight2, p->bias2, logits);
-    for (long c = 0; c < channels; c++) parts->attn[c] = sigmoid(logits[2 * c + 1] - logits[2 * c]);
+    affine_layer(hidden, p->hidden, p->logits, p->weight2, p->bias2, logits);
+    int paired = p->logits != channels;
+    for (long c = 0; c < channels; c++)
+        parts->attn[c] = sigmoid(paired ? logits[2 * c + 1] - logits[2 * c] : logits[c]);
 }
 
 /* Writes the mix of the contexts over the dynamic context in out. */

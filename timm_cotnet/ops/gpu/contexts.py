@@ -29,7 +29,7 @@ class Mixing(NamedTuple):
     weight1: Tensor  # (A, C, 1, 1)
     bias1: Tensor
     table: Optional[Tensor]  # (2, A); None: no norm
-    weight2: Tensor  # (2 * C, A, 1, 1)
+    weight2: Tensor  # (2 * C, A, 1, 1), or (C, A, 1, 1) for the difference of the two logits of a channel
     bias2: Tensor
 
 
@@ -94,15 +94,16 @@ def infer_filter_table(
 
 
 def infer_attention(pooled: Tensor, mixing: Mixing) -> Tensor:
-    """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, (B, runs, C)."""
+    """Logits of the mix, (B, 2 * C or C), of contexts that are pooled over runs, (B, runs, C)."""
     mixing_kernels = kernels_of('mixing_kernels')
     (B, runs, C), hidden, acc = pooled.shape, len(mixing.bias1), accumulator(pooled.dtype)[1]
     weight1, bias1, table, weight2, bias2 = (t if t is None else t.contiguous() for t in mixing)
-    attn = pooled.new_empty(B, 2 * C)
-    length = 2 * C if B > _FEW else 64  # few images leave some logits to other programs
-    launch(mixing_kernels.attend_kernel, (B * -(-2 * C // length),), pooled, weight1, bias1,
+    logits = len(bias2)
+    attn = pooled.new_empty(B, logits)
+    length = logits if B > _FEW else 64  # few images leave some logits to other programs
+    launch(mixing_kernels.attend_kernel, (B * -(-logits // length),), pooled, weight1, bias1,
            pooled if table is None else table, weight2, bias2, attn, runs, length,
-           C=C, A=hidden, NORMED=table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
+           C=C, A=hidden, LOGITS=logits, NORMED=table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
     return attn
 
 
@@ -139,7 +140,7 @@ def infer_contexts(
     attn = infer_attention(pooled, mixing)
     walk = image_rows(value, sums=False)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.rows,
-           DYNAMIC=True, **walk.blocks, ACC=acc)  # in place
+           DYNAMIC=True, PAIRED=attn.shape[1] != C, **walk.blocks, ACC=acc)  # in place
     return dynamic
 
 
@@ -222,7 +223,7 @@ def train_forward(
     attn, *hidden = _attend(pooled, p, averages[2], s.se_eps)
     mixed, walk = torch.empty_like(value), image_rows(value, sums=False)
     launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.rows,
-           DYNAMIC=False, **walk.blocks, ACC=acc)
+           DYNAMIC=False, PAIRED=True, **walk.blocks, ACC=acc)
     return mixed, local, value_table, filters, means, table, attn, *hidden
 
 

@@ -9,10 +9,17 @@ from .rows import COUNTS, SIZES, fold, load, place, row, sigmoid, store, store_b
 
 
 @triton.jit
-def load_static_weight(attn_ptr, c, mask, ACC: tl.constexpr):
-    """Weight of the static context: softmax over the logits of dynamic and static, of each channel in turn."""
-    of_dynamic = tl.load(attn_ptr + 2 * c, mask=mask, other=0).to(ACC)
-    return sigmoid(tl.load(attn_ptr + 2 * c + 1, mask=mask, other=0).to(ACC) - of_dynamic)
+def load_static_weight(attn_ptr, c, mask, ACC: tl.constexpr, PAIRED: tl.constexpr = True):
+    """Weight of the static context: softmax over the logits of dynamic and static, of each channel in turn.
+
+    If not PAIRED, sigmoid of the difference of both, which is all that there is.
+    """
+    if PAIRED:
+        of_dynamic = tl.load(attn_ptr + 2 * c, mask=mask, other=0).to(ACC)
+        logit = tl.load(attn_ptr + 2 * c + 1, mask=mask, other=0).to(ACC) - of_dynamic
+    else:
+        logit = tl.load(attn_ptr + c, mask=mask, other=0).to(ACC)
+    return sigmoid(logit)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -37,16 +44,20 @@ def pool_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def mix_kernel(
         out_ptr, static_ptr, attn_ptr, table_ptr, mixed_ptr, P, LENGTH, RUNS, PARTS,
-        ALIGN: tl.constexpr, DYNAMIC: tl.constexpr,
+        ALIGN: tl.constexpr, DYNAMIC: tl.constexpr, PAIRED: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Mix of the contexts; out is the dynamic context if DYNAMIC, else the local convolution before its norm."""
+    """Mix of the contexts; out is the dynamic context if DYNAMIC, else the local convolution before its norm.
+
+    attn has two logits for each channel if PAIRED, else one, see `load_static_weight`.
+    """
     C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     out_ptr += b * P * C
     static_ptr += b * P * C
     mixed_ptr += b * P * C
-    of_static = load_static_weight(attn_ptr + b * (2 * C), c, c < C, ACC)[None, :]
+    attn_ptr += b * (2 * C if PAIRED else C)
+    of_static = load_static_weight(attn_ptr, c, c < C, ACC, PAIRED)[None, :]
     scale = 0 if DYNAMIC else row(table_ptr, c, C, ACC)[None, :]
     shift = 0 if DYNAMIC else row(table_ptr + C, c, C, ACC)[None, :]
     for start in range(first, end, BLOCK_P):
@@ -62,15 +73,15 @@ def mix_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
         pooled_ptr, weight1_ptr, bias1_ptr, table_ptr, weight2_ptr, bias2_ptr, attn_ptr, RUNS, LENGTH,
-        C: tl.constexpr, A: tl.constexpr, NORMED: tl.constexpr,
+        C: tl.constexpr, A: tl.constexpr, LOGITS: tl.constexpr, NORMED: tl.constexpr,
         BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):
-    """For inference: the logits of the mix, (B, 2 * C), from the sums of each run, (B, RUNS, C).
+    """For inference: the logits of the mix, (B, LOGITS), from the sums of each run, (B, RUNS, C).
 
     Two matrix products with ReLU between them, and if NORMED a norm, of which table has scale and shift. A program has
     LENGTH logits of an image.
     """
-    PARTS = (2 * C + LENGTH - 1) // LENGTH
+    PARTS = (LOGITS + LENGTH - 1) // LENGTH
     b = (tl.program_id(0) // PARTS).to(tl.int64)
     a = tl.arange(0, BLOCK_A)
     in_hidden = a < A
@@ -90,10 +101,10 @@ def attend_kernel(
     begin = tl.program_id(0) % PARTS * LENGTH
     for first in range(begin, begin + LENGTH, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        mask = (c < 2 * C)[:, None] & in_hidden[None, :]
+        mask = (c < LOGITS)[:, None] & in_hidden[None, :]
         weight = tl.load(weight2_ptr + c[:, None] * A + a[None, :], mask=mask, other=0).to(ACC)
-        attn = tl.sum(weight * hidden[None, :], 1) + row(bias2_ptr, c, 2 * C, ACC)
-        tl.store(attn_ptr + b * (2 * C) + c, attn, mask=c < 2 * C)
+        attn = tl.sum(weight * hidden[None, :], 1) + row(bias2_ptr, c, LOGITS, ACC)
+        tl.store(attn_ptr + b * LOGITS + c, attn, mask=c < LOGITS)
 
 
 @triton.jit(do_not_specialize=SIZES)
