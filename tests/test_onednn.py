@@ -241,6 +241,9 @@ def test_no_more_than_a_few_are_kept():
         x = torch.randn(1, 16, size, size)
         assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
     assert len(storages[conv.weight.untyped_storage()._cdata].made) == 8
+    conv.weight.data.mul_(0.5)  # what was made before is of no use
+    assert (run_conv2d(conv, x) - conv(x)).abs().max() < 1e-5
+    assert len(storages[conv.weight.untyped_storage()._cdata].made) == 1
 
 
 @torch.no_grad()

@@ -74,7 +74,9 @@ def kept(weight: Tensor, make: Callable, *args: Hashable) -> Optional[Any]:
         made = make(clone.clone(), *args)
         if found is None or found.storage() is not storage:
             found = _KEPT[key] = _Kept(weakref.ref(storage, lambda _: _KEPT.pop(key, None)), {})
-        elif len(found.made) == _MOST_KEPT:
+        for old in [key for key, entry in found.made.items() if not _is_same(weight, entry)]:
+            del found.made[old]  # with the filters that it was made of
+        if len(found.made) == _MOST_KEPT:
             del found.made[next(iter(found.made))]
         found.made[make, args] = _Made(made, clone, clone.dtype, clone.shape, clone.stride())
     return made
