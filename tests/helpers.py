@@ -15,6 +15,7 @@ import timm_cotnet
 from timm_cotnet import CoTAttention, CotBottleneck, CotLayer, CoxtLayer, SplitAttnBottleneck
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.compiled import arguments_of
+from timm_cotnet.ops.onednn import why_not_packed
 from timm_cotnet.ops.shifted import LocalConvShifted
 from timm_cotnet.ops.watch import TELLS_EXPORTING
 
@@ -115,6 +116,8 @@ class Lora(nn.Module):
 
 
 needs_kernels = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
+needs_onednn = pytest.mark.skipif(
+    why_not_packed(torch.float32) is not None, reason='PyTorch is built without oneDNN, which packs filters')
 needs_export_flag = pytest.mark.skipif(
     not TELLS_EXPORTING, reason='PyTorch before 2.8 cannot tell compiling from exporting, so both get plain operators')
 needs_cpp_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='Inductor needs the C++ compiler g++')

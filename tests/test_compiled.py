@@ -6,12 +6,13 @@ import timm
 import torch
 from golden import filled
 from helpers import (
-    MODULES, assert_parts_are_as_pytorch_wants_them, create, difference, image, needs_export_flag, needs_kernels)
+    MODULES, assert_parts_are_as_pytorch_wants_them, create, difference, image, needs_cpp_compiler,
+    needs_export_flag, needs_kernels, needs_onednn)
 from timm.utils import reparameterize_model
 from torch._dynamo import compiled_autograd
 
 from timm_cotnet import CotLayer, local_conv
-from timm_cotnet.ops import conditions, cot_layer, onednn
+from timm_cotnet.ops import conditions, cot_layer
 from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.reference import local_conv_reference
 
@@ -96,30 +97,23 @@ def test_a_layer_is_one_operator():
     assert operators(graph) == ['local_conv_on_cpu.default']
 
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@needs_onednn
+@pytest.mark.parametrize('backend', [
+    'aot_eager', pytest.param('inductor', marks=[pytest.mark.slow, needs_cpp_compiler])])
+@pytest.mark.parametrize('part, channels, in_place', [
+    ('stage', 64, 6),  # the sum of query and keys in each of three layers, and that of each block
+    ('block', 256, 1)])  # whose input is somebody else's
 @torch.no_grad()
-def test_folded_stage_adds_in_place_where_nobody_else_looks(backend):
-    if (reason := onednn.why_not_packed(torch.float32)) is not None:
-        pytest.skip(reason)
+def test_folded_modules_add_in_place_where_nobody_else_looks(part, channels, in_place, backend):
     stage = reparameterize_model(filled(timm.create_model('cotnet50', layers=(3, 1, 1, 1))).eval()).layer1.float()
-    x = image(2, 64, memory_format=torch.channels_last)
-    before, exact = x.clone(), copy.deepcopy(stage).double()
-    (graph,) = graphs_of(stage, x)
-    in_layer = 1  # the sum of query and keys
-    assert operators(graph).count('conv2d_act_') == len(stage) * (1 + in_layer)
+    module = stage if part == 'stage' else stage[1]
+    x = image(2, channels, memory_format=torch.channels_last)
+    before, expected = x.clone(), copy.deepcopy(module).double()(x.double())
+    (graph,) = graphs_of(module, x)
+    assert operators(graph).count('conv2d_act_') == in_place
     torch._dynamo.reset()
-    out = torch.compile(stage, fullgraph=True, backend=backend)(x)
-    assert torch.equal(x, before) and difference(out, exact(x.double())) < 1e-5
-    # a block by itself must not write over its input, nor one whose output is looked at
-    block = stage[1]
-    x = image(2, 256, memory_format=torch.channels_last)
-    before = x.clone()
-    torch._dynamo.reset()
-    (graph,) = graphs_of(block, x)
-    assert operators(graph).count('conv2d_act_') == in_layer
-    torch._dynamo.reset()
-    out = torch.compile(block, fullgraph=True, backend=backend)(x)
-    assert torch.equal(x, before) and difference(out, exact[1](x.double())) < 1e-5
+    out = torch.compile(module, fullgraph=True, backend=backend)(x)
+    assert torch.equal(x, before) and difference(out, expected) < 1e-5
 
 
 def test_dynamic_batch():

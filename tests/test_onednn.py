@@ -13,10 +13,9 @@ from torch import nn
 from timm_cotnet.ops import onednn
 from timm_cotnet.ops.onednn import conv2d_act, kept, run_conv2d
 
-from helpers import run_python
+from helpers import needs_onednn, run_python
 
-pytestmark = pytest.mark.skipif(
-    onednn.why_not_packed(torch.float32) is not None, reason='PyTorch is built without oneDNN')
+pytestmark = needs_onednn
 CONVOLUTIONS = [
     dict(kernel_size=1),
     dict(kernel_size=1, stride=2),

@@ -36,9 +36,7 @@ def affine_of(norm: nn.Module) -> Optional[Affine]:
     act = norm.act if hasattr(norm, 'act') else nn.Identity().train(norm.training)
     if type(getattr(norm, 'drop', None)) not in (type(None), nn.Identity):
         act = nn.Sequential(norm.drop, act)
-    # in at least float32, as the norms compute it
-    mean, var = (t.detach().double() if t.dtype == torch.float64 else t.detach().float()
-                 for t in (norm.running_mean, norm.running_var))
+    mean, var = _wide(norm.running_mean), _wide(norm.running_var)
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach()
@@ -46,6 +44,11 @@ def affine_of(norm: nn.Module) -> Optional[Affine]:
     if norm.bias is not None:
         shift = shift + norm.bias.detach()
     return Affine(scale, shift, act)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In at least float32, as norms compute."""
+    return t.detach() if t.dtype == torch.float64 else t.detach().float()
 
 
 def is_known_conv(conv: nn.Module) -> bool:
@@ -163,9 +166,8 @@ class FoldedCotLayer(nn.Module):
 
 def _difference(conv: nn.Conv2d) -> nn.Conv2d:
     """A convolution for the odd channels of conv less those before them."""
-    weight, bias = (None if t is None else t.detach() if t.dtype == torch.float64 else t.detach().float()
-                    for t in (conv.weight, conv.bias))
-    return conv_like(conv, weight[1::2] - weight[::2], None if bias is None else bias[1::2] - bias[::2])
+    weight, bias = (None if t is None else _wide(t)[1::2] - _wide(t)[::2] for t in (conv.weight, conv.bias))
+    return conv_like(conv, weight, bias)
 
 
 def why_not_folded(layer: nn.Module) -> Optional[str]:
