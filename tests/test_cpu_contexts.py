@@ -1,15 +1,20 @@
 """All of a CoT layer behind its convolutions in C, in training and folded, against the definition in float64."""
 import copy
+import weakref
 
 import pytest
+import timm
 import torch
-from helpers import threads_set
+from helpers import needs_onednn, threads_set
+from timm.utils import reparameterize_model
 
 from timm_cotnet import CotLayer, CoxtLayer, local_conv
+from timm_cotnet.deploy import FoldedCotLayer
 from timm_cotnet.ops.batch_norm import averages_of
 from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
-from timm_cotnet.ops.cpu import build
+from timm_cotnet.ops.cpu import build, stand_ins
 from timm_cotnet.ops.cpu.contexts import contexts_backward, contexts_folded, contexts_forward
+from timm_cotnet.ops.onednn import run_conv2d
 
 pytestmark = pytest.mark.skipif(
     isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
@@ -148,6 +153,25 @@ def test_folded(layer_cls, kwargs, shape, paired, threads, dtype, tolerance):
     assert_close(alone, out[:1], 1e-5 if dtype == torch.float32 else 2 ** -7)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('B, threads', [(1, 1), (2, 3), (3, 3), (7, 3)])
+@pytest.mark.parametrize('layer_cls, kwargs, shape', LAYERS)
+def test_folded_over_values(layer_cls, kwargs, shape, B, threads, dtype):
+    """The result may take the memory of the values, but not where threads share an image."""
+    layer = create(layer_cls, **kwargs).to(dtype)
+    value, *others = inputs(layer, B, *shape[1:], dtype=dtype)
+    args = (*others, folded_parameters(layer), layer.kernel_size, layer.dilation, layer.groups, layer.embed[4].eps)
+    with threads_set(threads), torch.no_grad():
+        before = value.clone()
+        expected = contexts_folded(value, *args)
+        assert torch.equal(value, before)
+        out = contexts_folded(value, *args, overwrite=True)
+    assert torch.equal(out, expected)
+    assert (out.data_ptr() == value.data_ptr()) == (B >= threads)
+    if B < threads:
+        assert torch.equal(value, before)
+
+
 def test_folded_takes_any_layout():
     layer = create()
     tensors = inputs(layer)
@@ -155,3 +179,23 @@ def test_folded_takes_any_layout():
     expected = contexts_folded(*tensors, parameters, 3, 1, 1, 1e-5)
     parameters[3] = parameters[3].transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(contexts_folded(*(t.contiguous() for t in tensors), parameters, 3, 1, 1, 1e-5), expected)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_input_of_a_folded_layer_is_free_before_its_filters_are_made(monkeypatch):
+    model = reparameterize_model(timm.create_model('test_cotnet').eval()).to(memory_format=torch.channels_last)
+    layers = [m for m in model.modules() if type(m) is FoldedCotLayer]
+    queries, keys = [m.query for m in layers], [m.key for m in layers]
+    inputs, freed = [], []
+
+    def watched(conv, x, *args, **kwargs):
+        if any(conv is query for query in queries):
+            inputs.append(weakref.ref(x))
+        if any(conv is key for key in keys):
+            freed.append(inputs[-1]() is None)
+        return run_conv2d(conv, x, *args, **kwargs)
+
+    monkeypatch.setattr(stand_ins, 'run_conv2d', watched)
+    model(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+    assert freed == [True] * len(layers)

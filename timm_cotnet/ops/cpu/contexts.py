@@ -67,6 +67,7 @@ def contexts_folded(
         dilation: int,
         groups: int,
         filter_eps: float,
+        overwrite: bool = False,
 ) -> Tensor:
     """Group norm of the filters, local convolution, shift, SiLU, pooling and the mix of the contexts: (B, C, H, W).
 
@@ -84,10 +85,12 @@ def contexts_folded(
         dilation: Distance between the taps of a filter, in pixels.
         groups: Number of slices of the channels, each of which has its own slice of the filters.
         filter_eps: Of the group norm, whose groups are the filters.
+        overwrite: Whether the result may take the memory of value.
     """
     parameters = [p.contiguous() for p in parameters]
     value, logits, static = map(channels_last, (value, logits, static))
-    out = torch.empty_like(value)
+    # threads that share an image read each other's rows of it
+    out = value if overwrite and len(value) >= torch.get_num_threads() else torch.empty_like(value)
     shape = Shape.of(value, logits.shape[1] // kernel_size ** 2, groups, kernel_size, dilation)
     call(
         'contexts_folded', value.dtype, ctypes.byref(shape),
