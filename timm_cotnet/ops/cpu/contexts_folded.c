@@ -60,7 +60,7 @@ static void affine_layer(
     }
 }
 
-/* The larger and the smaller of two numbers in each lane; y where either is a NaN. */
+/* The larger of two numbers in each lane; y where either is a NaN. */
 static inline Floats larger(Floats x, Floats y) {
 #ifdef __AVX512F__
     return (Floats)_mm512_max_ps((__m512)x, (__m512)y);
@@ -69,21 +69,13 @@ static inline Floats larger(Floats x, Floats y) {
 #endif
 }
 
-static inline Floats smaller(Floats x, Floats y) {
-#ifdef __AVX512F__
-    return (Floats)_mm512_min_ps((__m512)x, (__m512)y);
-#else
-    return choose(x < y, x, y);
-#endif
-}
-
 #define MOST 41.5f /* of |x| in SiLU: more change nothing, and the product of two exponentials stays finite */
 
 /* 1 + exp(-x) for x of at least -MOST. */
 static inline Floats one_plus_exponential(Floats x) {
-    x = smaller(x, (Floats){0} + MOST);
-    Floats shifted = x * -1.44269504f + 12582912.0f; /* powers of two, as in `exponential` */
-    Floats r = x * -1.44269504f - (shifted - 12582912.0f);
+    x = larger(-x, (Floats){0} - MOST);
+    Floats shifted = x * 1.44269504f + 12582912.0f; /* powers of two, as in `exponential` */
+    Floats r = x * 1.44269504f - (shifted - 12582912.0f);
     Floats p = r * 1.326472875e-3f + 9.671513182e-3f;
     p = p * r + 5.550733745e-2f;
     p = p * r + 2.402224208e-1f;
@@ -187,7 +179,7 @@ static void compute_image(
         start_window(&part->rows.values, first);
         for (long h = first; h < (i + 1) * s->height / slices; h++) {
             long at = h * s->width * channels;
-            compute_row(s, lanes, &part->rows, h, value, NULL, NULL, logits, parts->scale, parts->bias);
+            compute_row(s, lanes, &part->rows, h, value, NULL, NULL, logits, parts->scale, parts->bias, NULL);
             shift_act(s, part->rows.out, parts->shift, key + at, out + at, part->row_sums);
             for (long c = 0; c < channels; c++) part->sums[c] += part->row_sums[c];
         }
@@ -200,7 +192,7 @@ static void compute_image(
             mix(key + at * channels, parts->attn, channels, out + at * channels);
 }
 
-/* out is (B, H * W, C), and none of the inputs. */
+/* out is (B, H * W, C), and none of the inputs but value, if there is an image for each thread. */
 int contexts_folded(
         const Shape *s, const Parameters *p, const SCALAR *value, const SCALAR *logits, const SCALAR *key, SCALAR *out,
         int threads) {

@@ -58,8 +58,8 @@ static void norm_local_conv_row(const Contexts *c, const Lanes *lanes, Rows *row
     long n = s->groups * count_taps(s), channels = s->channels, pixels = s->height * s->width;
     compute_row(
         s, lanes, rows, h, c->value + b * pixels * channels, c->value_norm.scale, c->value_norm.shift,
-        c->logits + b * pixels * n, c->filter_norm.scale + b * n, c->filter_norm.shift + b * n);
-    memcpy(c->out + (b * pixels + h * s->width) * channels, rows->out, s->width * channels * sizeof(float));
+        c->logits + b * pixels * n, c->filter_norm.scale + b * n, c->filter_norm.shift + b * n,
+        c->out + (b * pixels + h * s->width) * channels);
 }
 
 /* The local convolution of all images, and its moments. */

@@ -16,14 +16,10 @@ int local_conv(const Shape *s, const SCALAR *x, const SCALAR *weight, SCALAR *ou
         for (long row = i * count / threads, end = (i + 1) * count / threads; row < end;) {
             long b = row / s->height;
             start_window(&rows[i].values, row % s->height);
-            for (; row < end && row / s->height == b; row++) {
+            for (; row < end && row / s->height == b; row++)
                 compute_row(
                     s, &lanes, &rows[i], row % s->height, x + b * pixels * s->channels, NULL, NULL,
-                    weight + b * pixels * n, NULL, NULL);
-                const float *from = rows[i].out;
-                SCALAR *to = out + row * s->width * s->channels;
-                for (long j = 0; j < s->width * s->channels; j++) to[j] = store(from[j]);
-            }
+                    weight + b * pixels * n, NULL, NULL, out + row * s->width * s->channels);
         }
     return release(&memory);
 }

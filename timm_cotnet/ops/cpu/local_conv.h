@@ -20,6 +20,7 @@ static inline long count_taps(const Shape *s) { return s->kernel_size * s->kerne
    room for LANES numbers more, as it has behind the last filter. */
 typedef struct {
     long step, blocks, repeats;
+    int full;    /* whether no lanes are left over */
     Ints repeat; /* the lane that comes into each lane */
 } Lanes;
 
@@ -28,6 +29,7 @@ static Lanes lanes_of(const Shape *s) {
     lanes.blocks = (lanes.step + LANES - 1) / LANES;
     for (long r = 1; r * lanes.step <= LANES; r++)
         if (s->channels / s->groups % r == 0) lanes.repeats = r;
+    lanes.full = lanes.repeats * lanes.step == lanes.blocks * LANES;
     for (int l = 0; l < LANES; l++) lanes.repeat[l] = lanes.repeats > 1 ? l % lanes.step : l;
     return lanes;
 }
@@ -182,14 +184,20 @@ static Rows new_rows(const Shape *s, Memory *memory) {
         take_floats(memory, row_size(s, s->channels))};
 }
 
-/* Row h of an image into rows->out, (W, C). Values and filters are normalized unless their scale is NULL. */
+/* Row h of an image into out, (W, C), or into rows->out if that is NULL. Values and filters are normalized unless their
+   scale is NULL. */
 static void compute_row(
         const Shape *s, const Lanes *lanes, Rows *rows, long h, const SCALAR *values, const float *value_scale,
-        const float *value_bias, const SCALAR *filters, const float *filter_scale, const float *filter_bias) {
+        const float *value_bias, const SCALAR *filters, const float *filter_scale, const float *filter_bias,
+        SCALAR *out) {
     const float *taps[MAX_TAPS];
     fill_window(s, &rows->values, h, values, value_scale, value_bias);
     window_taps(s, &rows->values, h, taps);
     load_filters(
         s, filters + h * s->width * s->groups * count_taps(s), filter_scale, filter_bias, rows->scratch, rows->filters);
+#ifndef BFLOAT16
+    if (out != NULL && lanes->full) return local_conv_row(s, lanes, taps, rows->filters, out);
+#endif
     local_conv_row(s, lanes, taps, rows->filters, rows->out);
+    for (long i = 0; out != NULL && i < s->width * s->channels; i++) out[i] = store(rows->out[i]);
 }

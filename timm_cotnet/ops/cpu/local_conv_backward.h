@@ -33,6 +33,9 @@ static inline __attribute__((always_inline)) void products_of(
         float *sums) {
     long width = s->channels / s->slices, apart = lanes->repeats * lanes->step;
     long count = count_lanes(s, lanes), i = 0;
+    /* where what is left over is written over by what comes next, or there is none */
+    int in_place = lanes->step % LANES == 0 || s->slices * lanes->blocks == 1;
+    if (in_place) vectors = sums, count = s->groups;
     for (long slice = 0; slice < s->slices; slice++)
         for (long block = 0; block < lanes->blocks; block++, i++) {
             Floats sum[MAX_TAPS];
@@ -48,7 +51,7 @@ static inline __attribute__((always_inline)) void products_of(
                 store_floats(vectors + t * count + i * LANES, total);
             }
         }
-    for (long t = 0; t < taps; t++) { /* in this order, for lanes that are left over */
+    for (long t = 0; t < taps && !in_place; t++) { /* in this order, for lanes that are left over */
         const float *from = vectors + t * count;
         for (long slice = 0; slice < s->slices; slice++)
             for (long block = 0; block < lanes->blocks; block++, from += LANES)
@@ -113,8 +116,9 @@ static void compute_backward_row(
             x[t] = grad[t] + w * channels;
             f[t] = filter[t] + w * n + (taps - 1 - t) * s->groups;
         }
-        weighted_sums(s, lanes, x, f, rows->sum);
-        memcpy(grad_x + w * channels, rows->sum, channels * sizeof(float));
+        float *sum = lanes->full ? grad_x + w * channels : rows->sum;
+        weighted_sums(s, lanes, x, f, sum);
+        if (!lanes->full) memcpy(grad_x + w * channels, sum, channels * sizeof(float));
     }
     order_by_filters(s, rows->scratch, grad_filters);
 }
