@@ -144,14 +144,9 @@ static void mix_weights(const Shape *s, const Parameters *p, const Part *parts, 
 /* Writes the mix of the contexts over the dynamic context in out. */
 static void mix(const SCALAR *restrict key, const float *restrict attn, long n, SCALAR *restrict out) {
     long c = 0;
-    for (; c + LANES <= n; c += LANES) {
-        Floats dynamic = load_scalars(out + c);
-        store_scalars(out + c, dynamic + load_floats(attn + c) * (load_scalars(key + c) - dynamic));
-    }
-    for (; c < n; c++) {
-        float dynamic = load(out[c]);
-        out[c] = store(dynamic + attn[c] * (load(key[c]) - dynamic));
-    }
+    for (; c + LANES <= n; c += LANES)
+        store_scalars(out + c, MIX(load_scalars(out + c), load_scalars(key + c), load_floats(attn + c)));
+    for (; c < n; c++) out[c] = store(MIX(load(out[c]), load(key[c]), attn[c]));
 }
 
 /* One image, of which as many threads as there are parts do a slice each. */

@@ -144,7 +144,7 @@ int contexts_mix(const Contexts *contexts, int threads) {
         for (long c = 0; c < channels; c++) {
             float z = x[p * channels + c] * scale[c] + shift[c];
             z *= sigmoid(z);
-            x[p * channels + c] = z + a[c] * (key[p * channels + c] - z);
+            x[p * channels + c] = MIX(z, key[p * channels + c], a[c]);
         }
     }
     return 0;

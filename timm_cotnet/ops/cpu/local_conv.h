@@ -8,6 +8,9 @@ Channels and filters come in `slices`: a channel uses a filter of its own slice.
 
 #define MAX_TAPS 49
 
+/* The mix of a layer's contexts, of numbers or of vectors, by the weight of the static one. */
+#define MIX(dynamic, key, weight) ((dynamic) + (weight) * ((key) - (dynamic)))
+
 typedef struct {
     long batch, channels, groups, slices, height, width, kernel_size, dilation;
 } Shape;
