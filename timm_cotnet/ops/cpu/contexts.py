@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import contexts as definition  # the module, as it may be on its way to import this one
 from ..batch_norm import Averages
-from .build import call
+from .build import call, num_threads
 from .local_conv import Shape, channels_last
 
 
@@ -89,8 +89,8 @@ def contexts_folded(
     """
     parameters = [p.contiguous() for p in parameters]
     value, logits, static = map(channels_last, (value, logits, static))
-    # threads that share an image read each other's rows of it
-    out = value if overwrite and len(value) >= torch.get_num_threads() else torch.empty_like(value)
+    # threads that share an image read each other's rows of the values
+    out = value if overwrite and len(value) >= num_threads() else torch.empty_like(value)
     shape = Shape.of(value, logits.shape[1] // kernel_size ** 2, groups, kernel_size, dilation)
     call(
         'contexts_folded', value.dtype, ctypes.byref(shape),

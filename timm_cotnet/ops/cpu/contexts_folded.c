@@ -187,13 +187,14 @@ static void compute_image(
             mix(key + at * channels, parts->attn, channels, out + at * channels);
 }
 
-/* out is (B, H * W, C), and none of the inputs but value, if there is an image for each thread. */
+/* out is (B, H * W, C), and none of the inputs but value: then each image is for one thread alone. */
 int contexts_folded(
         const Shape *s, const Parameters *p, const SCALAR *value, const SCALAR *logits, const SCALAR *key, SCALAR *out,
         int threads) {
     long numbers = s->height * s->width * s->channels, filters = s->height * s->width * s->groups * count_taps(s);
     const Lanes lanes = lanes_of(s);
     Memory memory = {0};
+    if (out == value && s->batch < threads) threads = s->batch;
     TAKE_FOR_THREADS(Part, parts, new_part(s, p, &memory))
     if (memory.failed) return release(&memory);
 #define COMPUTE(b, parts, slices) compute_image( \
