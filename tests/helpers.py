@@ -174,9 +174,8 @@ class PlainWing:
         shortcut = x if block.downsample is None else block.downsample(x)
         return F.relu(self._batch_norm(out, block.bn3) + shortcut)
 
-    def folded_cot_layer(self, layer, boxed, parts):
+    def folded_cot_layer(self, layer, x, parts):
         self.called.append('folded_cot_layer')
-        x = boxed.pop()
         static = F.relu(self._conv(layer.key_embed[0], x))
         query, key = (self._pointwise(*args, layer.groups) for args in ((layer.query, x), (layer.key, static)))
         logits, norm = self._pointwise(layer.embed[1], F.relu(query + key), layer.groups), layer.embed[2]

@@ -1,20 +1,16 @@
 """All of a CoT layer behind its convolutions in C, in training and folded, against the definition in float64."""
 import copy
-import weakref
 
 import pytest
-import timm
 import torch
-from helpers import needs_onednn, threads_set
-from timm.utils import reparameterize_model
+from helpers import threads_set
 
 from timm_cotnet import CotLayer, CoxtLayer, local_conv
-from timm_cotnet.deploy import FoldedCotLayer
 from timm_cotnet.ops.batch_norm import averages_of
 from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
-from timm_cotnet.ops.cpu import build, stand_ins
+from timm_cotnet.ops.cpu import build
+from timm_cotnet.ops.cpu import contexts as cpu_contexts
 from timm_cotnet.ops.cpu.contexts import contexts_backward, contexts_folded, contexts_forward
-from timm_cotnet.ops.onednn import run_conv2d
 
 pytestmark = pytest.mark.skipif(
     isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
@@ -172,6 +168,19 @@ def test_folded_over_values(layer_cls, kwargs, shape, B, threads, dtype):
         assert torch.equal(value, before)
 
 
+def test_threads_never_share_an_image_over_values(monkeypatch):
+    """Not even if another Python thread sets more of them in between."""
+    layer = create(dim=64)
+    value, *others = inputs(layer, 1, 24, 24)
+    args = (*others, folded_parameters(layer), 3, 1, 1, 1e-5)
+    with threads_set(3), torch.no_grad():
+        expected = contexts_folded(value, *args)
+        monkeypatch.setattr(cpu_contexts, 'num_threads', lambda: 1)
+        out = contexts_folded(value, *args, overwrite=True)
+    assert out.data_ptr() == value.data_ptr()
+    assert_close(out, expected, 1e-5)
+
+
 def test_folded_takes_any_layout():
     layer = create()
     tensors = inputs(layer)
@@ -179,23 +188,3 @@ def test_folded_takes_any_layout():
     expected = contexts_folded(*tensors, parameters, 3, 1, 1, 1e-5)
     parameters[3] = parameters[3].transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(contexts_folded(*(t.contiguous() for t in tensors), parameters, 3, 1, 1, 1e-5), expected)
-
-
-@needs_onednn
-@torch.no_grad()
-def test_input_of_a_folded_layer_is_free_before_its_filters_are_made(monkeypatch):
-    model = reparameterize_model(timm.create_model('test_cotnet').eval()).to(memory_format=torch.channels_last)
-    layers = [m for m in model.modules() if type(m) is FoldedCotLayer]
-    queries, keys = [m.query for m in layers], [m.key for m in layers]
-    inputs, freed = [], []
-
-    def watched(conv, x, *args, **kwargs):
-        if any(conv is query for query in queries):
-            inputs.append(weakref.ref(x))
-        if any(conv is key for key in keys):
-            freed.append(inputs[-1]() is None)
-        return run_conv2d(conv, x, *args, **kwargs)
-
-    monkeypatch.setattr(stand_ins, 'run_conv2d', watched)
-    model(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
-    assert freed == [True] * len(layers)

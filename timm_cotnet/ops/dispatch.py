@@ -142,14 +142,14 @@ def _gpu(name: str) -> Callable:
     return run
 
 
-def _run_folded_cot_layer(layer: nn.Module, boxed: List[Tensor], found: Any) -> Tensor:
+def _run_folded_cot_layer(layer: nn.Module, x: Tensor, found: Any) -> Tensor:
     """With parts that were found before."""
     row, = _ON_CPU.get('folded_cot_layer', (None,))
-    if row is None or found is None:
-        return layer(*boxed)
+    if row is None:
+        return layer(x)
     if _record is not None:
         _record.append(Choice(layer, row.name, ()))
-    return conditions.cpu.folded_cot_layer(layer, boxed, found)
+    return row.run(layer, x, found)
 
 
 _ON_CPU = {
@@ -161,7 +161,7 @@ _ON_CPU = {
         lambda layer, x, _: conditions.cpu.train_cot_layer(layer, x)),),
     'folded_cot_layer': (StandIn(
         'packed convolutions and a C kernel', conditions.look_at_folded_cot_layer,
-        lambda layer, x, found: conditions.cpu.folded_cot_layer(layer, [x], found)),),
+        lambda *a: conditions.cpu.folded_cot_layer(*a)),),
     'folded_stem': (StandIn(
         'packed convolutions', conditions.look_at_folded_stem, lambda _, x, found: onednn.folded_stem(found, x)),),
     'folded_stage': (StandIn(
@@ -169,8 +169,7 @@ _ON_CPU = {
         lambda _, x, found: onednn.folded_stage(found, x, _run_folded_cot_layer)),),
     'folded_bottleneck': (StandIn(
         'packed convolutions', conditions.look_at_folded_bottleneck,
-        lambda block, x, found: onednn.folded_bottleneck(
-            block, x, found, lambda boxed: block._modules['conv2'](*boxed))),),
+        lambda block, x, found: onednn.folded_bottleneck(block, x, found, block._modules['conv2'])),),
 }
 _ON_GPU = {
     'cot_layer': (

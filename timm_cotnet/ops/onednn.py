@@ -236,10 +236,11 @@ def folded_stage(blocks: List[FoundBlock], x: Tensor, run_layer: Callable) -> Te
     Args:
         blocks: What was found of each block.
         x: Input.
-        run_layer: Runs a CoT layer on the only tensor of a list, which it may take out, with its parts, or None.
+        run_layer: Runs a CoT layer on an input, with its parts.
     """
     for i, (block, parts, of_layer) in enumerate(blocks):
-        layer = functools.partial(run_layer, block._modules['conv2'], found=of_layer)
+        layer = block._modules['conv2'] if of_layer is None \
+            else functools.partial(run_layer, block._modules['conv2'], found=of_layer)
         x = folded_bottleneck(block, x, parts, layer, overwrite=i > 0)
     return x
 
@@ -248,12 +249,11 @@ def folded_bottleneck(
         block: nn.Module, x: Tensor, parts: Dict[str, nn.Module], layer: Callable, overwrite: bool = False) -> Tensor:
     """Stands in for a `FoldedBottleneck` without a gradient: (B, inplanes, H, W) -> (B, outplanes, H', W').
 
-    With overwrite, the result may take the memory of x. What computes the block's `conv2` of a list's only tensor is
-    given.
+    With overwrite, the result may take the memory of x. What computes the block's `conv2` is given.
     """
     modules = block._modules
-    boxed = [modules['avd_first'](run_conv2d(parts['conv1'], x, 'relu'))]
-    out = modules['avd_last'](layer(boxed))
+    out = run_conv2d(parts['conv1'], x, 'relu')
+    out = modules['avd_last'](layer(modules['avd_first'](out)))
     downsample = modules.get('downsample')
     if downsample is not None:
         overwrite = type(downsample) is nn.Sequential and is_packable(downsample[-1], x.dtype) \

@@ -1,5 +1,5 @@
 """What stands in for folded CoT layers and for blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
-from typing import Dict, List, Optional
+from typing import Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,11 @@ def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None
     return F.relu(out)
 
 
-def folded_cot_layer(layer: nn.Module, boxed: List[Tensor], parts: Dict[str, nn.Module]) -> Tensor:
-    """A `FoldedCotLayer` of these parts without a gradient: (B, dim, H, W) -> (B, dim, H, W).
-
-    The input is taken out of a list: its memory, unless somebody else has it, is free before more is needed.
-    """
-    x = boxed.pop()
-    static, value = run_conv2d(parts['key_embed.0'], x, 'relu'), run_conv2d(parts['value'], x)
-    hidden = run_conv2d(parts['query'], x)
-    del x
-    hidden = run_conv2d(parts['key'], static, 'relu', addend=hidden, overwrite=True)
-    logits = run_conv2d(parts['embed.1'], hidden)
+def folded_cot_layer(layer: nn.Module, x: Tensor, parts: Dict[str, nn.Module]) -> Tensor:
+    """A `FoldedCotLayer` of these parts without a gradient: (B, dim, H, W) -> (B, dim, H, W)."""
+    static = run_conv2d(parts['key_embed.0'], x, 'relu')
+    hidden = run_conv2d(parts['key'], static, 'relu', addend=run_conv2d(parts['query'], x), overwrite=True)
+    logits, value = run_conv2d(parts['embed.1'], hidden), run_conv2d(parts['value'], x)
     norm, own = parts['embed.2'], [parts[path]._parameters for path in ('embed.2', 'se.0', 'se.2')]
     parameters = [p[name] for p in own for name in ('weight', 'bias')]
     parameters.insert(2, layer._parameters['shift'])
