@@ -23,7 +23,11 @@ def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple
     static_in = channels_last(F.conv2d(x, p.key, None, 1, s.key_padding, s.key_dilation, s.key_groups))
     static, key_table = batch_norm_forward(static_in, p.key_weight, p.key_bias, s.key_averages, s.key_eps)
     of_query, of_key = _query_key(p.first, groups)
-    hidden_in = channels_last(F.conv2d(x, of_query, groups=groups).add_(F.conv2d(static, of_key, groups=groups)))
+    hidden_in = channels_last(F.conv2d(x, of_query, groups=groups))
+    if groups == 1:
+        _rows(hidden_in).addmm_(_rows(static), of_key.flatten(1).t())
+    else:
+        hidden_in.add_(F.conv2d(static, of_key, groups=groups))
     hidden, first_table = batch_norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
     logits = channels_last(F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups))
     value = channels_last(F.conv2d(x, p.value, groups=groups))
