@@ -136,8 +136,9 @@ def conv2d_act(
         (B, out_channels, H', W'), channels-last.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
-    pointwise = addend is None and groups == 1 and weight.shape[2:] == (1, 1) and geometry[:2] == ((0, 0), (1, 1))
+    padding, stride, dilation = tuple(padding), tuple(stride), tuple(dilation)
+    geometry = padding, stride, dilation, groups
+    pointwise = addend is None and groups == 1 and stride == (1, 1) and padding == (0, 0) and weight.shape[2:] == (1, 1)
     packed = kept(weight, pack_linear) if pointwise else kept(weight, pack, *geometry, _alike(x.shape))
     if packed is None:
         out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -90,12 +90,10 @@ def contexts_folded(
     parameters = [p.contiguous() for p in parameters]
     value, logits, static = map(channels_last, (value, logits, static))
     # threads that share an image read each other's rows of the values
-    out = value if overwrite and len(value) >= num_threads() else torch.empty_like(value)
+    out = value if overwrite and value.shape[0] >= num_threads() else torch.empty_like(value)
     shape = Shape.of(value, logits.shape[1] // kernel_size ** 2, groups, kernel_size, dilation)
-    call(
-        'contexts_folded', value.dtype, ctypes.byref(shape),
-        ctypes.byref(_Folded(*(p.data_ptr() for p in parameters), filter_eps, len(parameters[4]), len(parameters[6]))),
-        value, logits, static, out)
+    folded = _Folded(*[p.data_ptr() for p in parameters], filter_eps, parameters[4].numel(), parameters[6].numel())
+    call('contexts_folded', value.dtype, ctypes.byref(shape), ctypes.byref(folded), value, logits, static, out)
     return out
 
 
