@@ -70,6 +70,7 @@ def _without_norms() -> None:
 def _without_pointwise() -> None:
     """1x1 convolutions of bottlenecks are PyTorch's in training, with its gradients."""
     _replace(conditions.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
+    _replace(conditions.cpu.stand_ins, 'run_pointwise_beside', lambda conv, x: (conv(x), None))
 
 
 def _replace(module: ModuleType, name: str, value: object) -> None:

@@ -3,11 +3,13 @@
 The convolution is one, of pixels in rows. PyTorch's gradients of convolutions take more time for it, most of all where
 images are small and channels many.
 """
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .watch import wants_plain
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
@@ -18,7 +20,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tenso
         weight: (C, C_in, 1, 1), of the same dtype.
         bias: (C).
     """
-    return Pointwise.apply(x, weight, bias)
+    return Pointwise.apply(x, weight, bias, False)
 
 
 def run_pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -26,25 +28,47 @@ def run_pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return pointwise(x, conv.weight, conv.bias) if conv.groups == 1 else conv(x)
 
 
+def run_pointwise_beside(conv: nn.Conv2d, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """conv(x) of one group, as `run_pointwise`, and x for who reads it besides: sums of both gradients go over theirs.
+
+    So their gradient must be theirs alone, a tensor made for it: one fewer to make and to read again.
+    """
+    return Pointwise.apply(x, conv.weight, conv.bias, True) if x.requires_grad else (run_pointwise(conv, x), x)
+
+
 class Pointwise(torch.autograd.Function):
-    """`apply(x, weight, bias)`, see `pointwise`."""
+    """`apply(x, weight, bias, beside)`, see `pointwise`, and with beside `run_pointwise_beside`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, beside):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias)
+        out = F.conv2d(x, weight, bias)
+        return (out, x) if beside else out
 
     @staticmethod
-    def backward(ctx, grad):  # differentiable itself
+    def backward(ctx, grad, grad_beside=None):  # differentiable itself
+        if grad is None:
+            return grad_beside, None, None, None
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = None
         rows = grad.permute(0, 2, 3, 1)  # (B, H, W, C)
-        if wants_x:
-            grad_x = (rows @ weight.flatten(1)).permute(0, 3, 1, 2)
-        if wants_weight:
-            grad_weight = rows.reshape(-1, rows.shape[3]).t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-            # in memory as channels-last or other filters are, which autograd would copy it to
-            is_last = weight.stride(2) == weight.shape[1]
-            grad_weight = grad_weight[:, None, None].permute(0, 3, 1, 2) if is_last else grad_weight[..., None, None]
-        return grad_x, grad_weight, rows.sum((0, 1, 2)) if wants_bias else None
+        with torch.autocast(grad.device.type, enabled=False):
+            if wants_x:
+                grad_x = _add_product(rows, weight.flatten(1), grad_beside)
+            if wants_weight:
+                grad_weight = rows.reshape(-1, rows.shape[3]).t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+                # in memory as channels-last or other filters are, which autograd would copy it to
+                is_last = weight.stride(2) == weight.shape[1]
+                grad_weight = grad_weight[:, None, None].permute(0, 3, 1, 2) if is_last else grad_weight[..., None, None]
+        return grad_x, grad_weight, rows.sum((0, 1, 2)) if wants_bias else None, None
+
+
+def _add_product(rows: Tensor, matrix: Tensor, addend: Optional[Tensor]) -> Tensor:
+    """(B, H, W, C) @ (C, C_in) + addend: (B, C_in, H, W), over an addend that is dense in channels-last."""
+    if addend is None or wants_plain(rows, addend) or not addend.is_contiguous(memory_format=torch.channels_last):
+        out = (rows @ matrix).permute(0, 3, 1, 2)
+        return out if addend is None else addend + out
+    addend.permute(0, 2, 3, 1).view(-1, matrix.shape[1]).addmm_(rows.flatten(0, 2), matrix)
+    return addend

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..onednn import run_conv2d
-from ..pointwise import run_pointwise
+from ..pointwise import run_pointwise, run_pointwise_beside
 from .batch_norm import train_batch_norm
 from .contexts import contexts_folded
 
@@ -16,18 +16,24 @@ def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
 
     Both norms are kernels, with what follows them; between the 1x1 convolutions, and in the shortcut, all is called.
     """
-    out = _norm_act(run_pointwise(block.conv1, x), block.bn1)
+    out, beside = run_pointwise_beside(block.conv1, x)
+    out = _norm_act(out, block.bn1)
     out = run_pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
-    return _norm_act(out, block.bn3, x if block.downsample is None else block.downsample(x))
+    shortcut = (x, beside) if block.downsample is None else (block.downsample(x), None)
+    return _norm_act(out, block.bn3, *shortcut)
 
 
-def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None) -> Tensor:
-    """`relu(norm(x) + residual)`, by the kernel if it can take what came from modules, which may be any."""
+def _norm_act(
+        x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None, beside: Optional[Tensor] = None) -> Tensor:
+    """`relu(norm(x) + residual)`, by the kernel if it can take what came from modules, which may be any.
+
+    The kernel makes a gradient of its own for the residual: it reads beside instead, where there is one.
+    """
     if all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
            and not t.is_neg() and t.ndim == 4 and t.shape == x.shape
            and t.is_contiguous(memory_format=torch.channels_last)
            for t in (x, x if residual is None else residual)) and x.shape[1] == norm.num_features < x.numel():
-        return train_batch_norm(x, norm, True, residual)
+        return train_batch_norm(x, norm, True, residual if beside is None else beside)
     out = norm(x)
     if residual is not None:
         out += residual
