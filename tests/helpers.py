@@ -167,11 +167,13 @@ class PlainWing:
         hidden = F.relu(self._batch_norm(self._pointwise(first, self._pool(dynamic, static)), norm))
         return self._mix(dynamic, static, self._pointwise(second, hidden))
 
-    def train_bottleneck(self, block, x):
+    def train_bottleneck(self, block, x, downsample):
         self.called.append('bottleneck')
         out = F.relu(self._batch_norm(self._pointwise(block.conv1, x), block.bn1))
         out = self._pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
         shortcut = x if block.downsample is None else block.downsample(x)
+        if downsample:
+            shortcut = self._batch_norm(self._conv(downsample[0], x), downsample[1])
         return F.relu(self._batch_norm(out, block.bn3) + shortcut)
 
     def folded_cot_layer(self, layer, x, parts):

@@ -10,7 +10,6 @@ from timm_cotnet import CotBottleneck
 from timm_cotnet.ops.batch_norm import batch_norm_act
 from timm_cotnet.ops.cpu import build
 from timm_cotnet.ops.cpu.batch_norm import train_batch_norm
-from timm_cotnet.ops.cpu.stand_ins import _norm_act
 
 from helpers import FORMATS, difference, shaken, shortcut, threads_set
 
@@ -248,17 +247,3 @@ def test_shortcut_that_is_spread():
     x = torch.randn(4, 64, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     expected = copy.deepcopy(block).double()(x.double())
     assert difference(block(x), expected) < 1e-4
-
-
-@pytest.mark.parametrize('memory_format', FORMATS)
-def test_only_a_gradient_of_the_kernel_may_be_written_over(memory_format):
-    """PyTorch's sum gives norm and residual the same gradient: then the residual itself is read."""
-    norm, (x, residual) = create(8), (t.detach() for t in inputs(2, 8, 5, 4))
-    x, residual = (t.contiguous(memory_format=memory_format).requires_grad_() for t in (x, residual))
-    beside, of_both = residual.view_as(residual), copy.deepcopy(norm)
-    beside.retain_grad()
-    out, expected = _norm_act(x, norm, residual, beside), exact(of_both, x, residual)[0]
-    assert_close(out, expected)
-    out.sum().backward()
-    assert residual.grad is not None
-    assert (beside.grad is None) == (memory_format == torch.contiguous_format)

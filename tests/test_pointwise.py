@@ -39,6 +39,28 @@ def test_values_and_derivatives(sizes, memory_format, filters):
         assert difference(actual, wanted) < 1e-4
 
 
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('stride', [(2, 2), (1, 3), (3, 2)])
+def test_stride(stride, memory_format):
+    leaves = inputs(H=7, W=8, memory_format=memory_format)
+    exact = in_double(leaves)
+    out, expected = pointwise(*leaves, stride), F.conv2d(*exact, stride)
+    assert difference(out, expected) < 1e-5
+    for actual, wanted in zip(torch.autograd.grad(out.square().sum(), leaves, retain_graph=True),
+                              torch.autograd.grad(expected.square().sum(), exact, retain_graph=True)):
+        assert difference(actual, wanted) < 1e-5
+    for actual, wanted in zip(derivatives(out, leaves), derivatives(expected, exact)):
+        assert difference(actual, wanted) < 1e-4
+
+
+def test_gradcheck_with_a_stride():
+    def strided(*leaves):
+        return pointwise(*leaves, (2, 1))
+    exact = in_double(inputs())
+    assert torch.autograd.gradcheck(strided, exact, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(strided, exact, check_batched_grad=True)
+
+
 def test_gradcheck():
     exact = in_double(inputs())
     assert torch.autograd.gradcheck(pointwise, exact) and torch.autograd.gradgradcheck(pointwise, exact)

@@ -59,18 +59,18 @@ def _contexts_by_definition() -> None:
 
 def _without_norms() -> None:
     """Batch norms of bottlenecks are PyTorch's."""
-    def norm_act(x, norm, residual=None):
+    def norm_act(x, norm, residual=None, beside=None, relu=True):
         out = norm(x)
         if residual is not None:
             out += residual
-        return torch.relu_(out)
+        return torch.relu_(out) if relu else out
     _replace(conditions.cpu.stand_ins, '_norm_act', norm_act)
 
 
 def _without_pointwise() -> None:
     """1x1 convolutions of bottlenecks are PyTorch's in training, with its gradients."""
     _replace(conditions.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
-    _replace(conditions.cpu.stand_ins, 'run_pointwise_beside', lambda conv, x: (conv(x), None))
+    _replace(conditions.cpu.stand_ins, 'run_pointwise_beside', lambda conv, x: (conv(x), x))
 
 
 def _replace(module: ModuleType, name: str, value: object) -> None:

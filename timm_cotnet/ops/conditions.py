@@ -389,7 +389,8 @@ def _look_ahead(block: nn.Module, like: Tensor, channels: int) -> Optional[Dict[
     return None if isinstance(found, str) else found
 
 
-def why_not_train_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
+def look_at_train_bottleneck(block: nn.Module, x: Tensor) -> Union[str, Tuple[nn.Module, ...]]:
+    """What is known of its `downsample`, too: convolution and norm; none if it has to be called."""
     reason = _NO_WING if cpu is None else _why_not_now(x, (torch.float32,), training=True)
     if reason is not None:
         return reason
@@ -398,7 +399,17 @@ def why_not_train_bottleneck(block: nn.Module, x: Tensor) -> Optional[str]:
         return m
     if not (_is_pointwise(m['conv1'], 1) and _is_pointwise(m['conv3'], 1)):
         return 'conv1 or conv3 is not a 1x1 convolution of one group'
-    return _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or cpu.why_not(x.dtype)
+    reason = _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or cpu.why_not(x.dtype)
+    return reason or _look_at_downsample(block, x)
+
+
+def _look_at_downsample(block: nn.Module, x: Tensor) -> Tuple[nn.Module, ...]:
+    m = find(block, parts.DOWNSAMPLE, x)
+    if isinstance(m, str):
+        return ()
+    _, conv, norm = m.values()
+    is_known = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return (conv, norm) if is_known and _why_not_train_norm(norm, x) is None else ()
 
 
 def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:

@@ -154,8 +154,8 @@ def _run_folded_cot_layer(layer: nn.Module, x: Tensor, found: Any) -> Tensor:
 
 _ON_CPU = {
     'bottleneck': (StandIn(
-        'C kernels of norms', conditions.why_not_train_bottleneck,
-        lambda block, x, _: conditions.cpu.train_bottleneck(block, x)),),
+        'C kernels of norms', conditions.look_at_train_bottleneck,
+        lambda *a: conditions.cpu.train_bottleneck(*a)),),
     'cot_layer': (StandIn(
         'C kernels for training', conditions.why_not_train_cot_layer,
         lambda layer, x, _: conditions.cpu.train_cot_layer(layer, x)),),

@@ -53,6 +53,7 @@ COT_LAYER = _parts(
 BOTTLENECK = _parts(  # the others are called
     conv1=nn.Conv2d, bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, conv3=nn.Conv2d, bn3=nn.BatchNorm2d,
     act3=nn.ReLU)
+DOWNSAMPLE = _parts(downsample=[nn.Conv2d, nn.BatchNorm2d])  # of a bottleneck; others are called
 FOLDED_COT_LAYER = _parts(
     key_embed=[nn.Conv2d, nn.ReLU],
     query=nn.Conv2d,

@@ -12,57 +12,64 @@ from torch import Tensor, nn
 from .watch import wants_plain
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """`F.conv2d(x, weight, bias)` of a 1x1 convolution: (B, C_in, H, W) -> (B, C, H, W), channels-last.
+def pointwise(
+        x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, stride: Tuple[int, int] = (1, 1)) -> Tensor:
+    """`F.conv2d(x, weight, bias, stride)` of a 1x1 convolution: (B, C_in, H, W) -> (B, C, H', W'), channels-last.
 
     Args:
         x: (B, C_in, H, W), best channels-last.
         weight: (C, C_in, 1, 1), of the same dtype.
         bias: (C).
+        stride: Vertical and horizontal.
     """
-    return Pointwise.apply(x, weight, bias, False)
+    return Pointwise.apply(x, weight, bias, stride, False)
 
 
 def run_pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) for a convolution without hooks whose kernel and stride are 1, by `pointwise` if it has one group."""
-    return pointwise(x, conv.weight, conv.bias) if conv.groups == 1 else conv(x)
+    """conv(x) for a convolution without hooks, of kernel size 1, one group and without padding."""
+    return pointwise(x, conv.weight, conv.bias, conv.stride)
 
 
 def run_pointwise_beside(conv: nn.Conv2d, x: Tensor) -> Tuple[Tensor, Tensor]:
-    """conv(x) of one group, as `run_pointwise`, and x for who reads it besides: sums of both gradients go over theirs.
+    """conv(x), of stride 1, and x for who reads it besides: the sum of both gradients takes the memory of theirs.
 
-    So their gradient must be theirs alone, a tensor made for it: one fewer to make and to read again.
+    So theirs must be a tensor that was made for it. One fewer is made, and read again.
     """
-    return Pointwise.apply(x, conv.weight, conv.bias, True) if x.requires_grad else (run_pointwise(conv, x), x)
+    return Pointwise.apply(x, conv.weight, conv.bias, (1, 1), True) if x.requires_grad else (run_pointwise(conv, x), x)
 
 
 class Pointwise(torch.autograd.Function):
-    """`apply(x, weight, bias, beside)`, see `pointwise`, and with beside `run_pointwise_beside`."""
+    """`apply(x, weight, bias, stride, beside)`, see `pointwise`, and with beside `run_pointwise_beside`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, beside):
+    def forward(ctx, x, weight, bias, stride, beside):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
-        out = F.conv2d(x, weight, bias)
+        ctx.stride = stride
+        out = F.conv2d(x, weight, bias, stride)
         return (out, x) if beside else out
 
     @staticmethod
     def backward(ctx, grad, grad_beside=None):  # differentiable itself
         if grad is None:
-            return grad_beside, None, None, None
+            return grad_beside, None, None, None, None
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
-        rows = grad.permute(0, 2, 3, 1)  # (B, H, W, C)
+        rows = grad.permute(0, 2, 3, 1)  # (B, H', W', C)
         with torch.autocast(grad.device.type, enabled=False):
-            if wants_x:
+            if wants_x and ctx.stride == (1, 1):
                 grad_x = _add_product(rows, weight.flatten(1), grad_beside)
+            elif wants_x:
+                grad_x = _strided_grad(grad, x, weight, ctx.stride)
             if wants_weight:
-                grad_weight = rows.reshape(-1, rows.shape[3]).t() @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-                # in memory as channels-last or other filters are, which autograd would copy it to
-                is_last = weight.stride(2) == weight.shape[1]
-                grad_weight = grad_weight[:, None, None].permute(0, 3, 1, 2) if is_last else grad_weight[..., None, None]
-        return grad_x, grad_weight, rows.sum((0, 1, 2)) if wants_bias else None, None
+                read = x[:, :, ::ctx.stride[0], ::ctx.stride[1]].permute(0, 2, 3, 1)  # (B, H', W', C_in)
+                grad_weight = rows.reshape(-1, rows.shape[3]).t() @ read.reshape(-1, read.shape[3])
+                if weight.stride(2) == weight.shape[1]:  # channels-last in memory, to which autograd would copy it
+                    grad_weight = grad_weight[:, None, None].permute(0, 3, 1, 2)
+                else:
+                    grad_weight = grad_weight[..., None, None]
+        return grad_x, grad_weight, rows.sum((0, 1, 2)) if wants_bias else None, None, None
 
 
 def _add_product(rows: Tensor, matrix: Tensor, addend: Optional[Tensor]) -> Tensor:
@@ -72,3 +79,12 @@ def _add_product(rows: Tensor, matrix: Tensor, addend: Optional[Tensor]) -> Tens
         return out if addend is None else addend + out
     addend.permute(0, 2, 3, 1).view(-1, matrix.shape[1]).addmm_(rows.flatten(0, 2), matrix)
     return addend
+
+
+def _strided_grad(grad: Tensor, x: Tensor, weight: Tensor, stride: Tuple[int, int]) -> Tensor:
+    """Gradient of x, zero wherever no stride led to: (B, C_in, H, W)."""
+    if wants_plain(grad):
+        return torch.nn.grad.conv2d_input(x.shape, weight, grad, stride)
+    out = torch.zeros_like(x, memory_format=torch.channels_last)
+    out[:, :, ::stride[0], ::stride[1]] = _add_product(grad.permute(0, 2, 3, 1), weight.flatten(1), None)
+    return out

@@ -1,5 +1,5 @@
 """What stands in for folded CoT layers and for blocks on the CPU, where `ops/dispatch.py` found nothing against it."""
-from typing import Dict, Optional
+from typing import Dict, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,33 +11,33 @@ from .batch_norm import train_batch_norm
 from .contexts import contexts_folded
 
 
-def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
+def train_bottleneck(block: nn.Module, x: Tensor, downsample: Sequence[nn.Module]) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in training, (B, C_in, H, W) -> (B, C, H', W'), float32.
 
-    Both norms are kernels, with what follows them; between the 1x1 convolutions, and in the shortcut, all is called.
+    Norms are kernels, with what follows them; between the 1x1 convolutions all is called, and in the shortcut where it
+    is not known to be a convolution and a norm.
     """
     out, beside = run_pointwise_beside(block.conv1, x)
     out = _norm_act(out, block.bn1)
     out = run_pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
+    if downsample:
+        return _norm_act(out, block.bn3, _norm_act(run_pointwise(downsample[0], beside), downsample[1], relu=False))
     shortcut = (x, beside) if block.downsample is None else (block.downsample(x), None)
     return _norm_act(out, block.bn3, *shortcut)
 
 
-def _norm_act(
-        x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None, beside: Optional[Tensor] = None) -> Tensor:
+def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None, beside: Optional[Tensor] = None,
+              relu: bool = True) -> Tensor:
     """`relu(norm(x) + residual)`, by the kernel if it can take what came from modules, which may be any.
 
     The kernel makes a gradient of its own for the residual: it reads beside instead, where there is one.
     """
     if all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
-           and not t.is_neg() and t.ndim == 4 and t.shape == x.shape
-           and t.is_contiguous(memory_format=torch.channels_last)
+           and not t.is_neg() and t.shape == x.shape and t.is_contiguous(memory_format=torch.channels_last)  # of rank 4
            for t in (x, x if residual is None else residual)) and x.shape[1] == norm.num_features < x.numel():
-        return train_batch_norm(x, norm, True, residual if beside is None else beside)
-    out = norm(x)
-    if residual is not None:
-        out += residual
-    return F.relu(out)
+        return train_batch_norm(x, norm, relu, residual if beside is None else beside)
+    out = norm(x) if residual is None else norm(x) + residual
+    return F.relu(out) if relu else out
 
 
 def folded_cot_layer(layer: nn.Module, x: Tensor, parts: Dict[str, nn.Module]) -> Tensor:
