@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import onednn, parts
 from .gpu.local_conv import why_not_triton
 from .parts import FLOATS, Found, FoundBlock, find, has_bias, is_plain
-from .watch import is_traced, is_watched, needs_plain_graph
+from .watch import are_all_watched, is_traced, is_watched, needs_plain_graph
 
 try:
     cpu = importlib.import_module('.cpu', __package__)  # the only import of that folder, without which all works
@@ -308,11 +308,11 @@ def look_at_folded_cot_layer(layer: nn.Module, x: Tensor) -> Found:
     return _why_not_inference(x) or _look_at_folded_cot_layer(layer, x, x.shape[1])
 
 
-def _look_at_folded_cot_layer(layer: nn.Module, like: Tensor, channels: int) -> Found:
-    """For an input like the one given, but with its own number of channels."""
+def _look_at_folded_cot_layer(layer: nn.Module, like: Tensor, channels: int, is_asked: bool = False) -> Found:
+    """For an input like the one given, but with its own number of channels; `is_asked` as for `find`."""
     if cpu is None:
         return _NO_WING
-    m = find(layer, parts.FOLDED_COT_LAYER, like)
+    m = find(layer, parts.FOLDED_COT_LAYER, like, is_asked=is_asked)
     if isinstance(m, str):
         return m
     if layer.kernel_size > cpu.MAX_KERNEL_SIZE:
@@ -362,13 +362,15 @@ def look_at_folded_stage(stage: nn.Module, x: Tensor) -> Union[str, List[FoundBl
     reason = _why_not_inference(x)
     if reason is not None:
         return reason
+    if are_all_watched():
+        return 'hooks watch all modules, or a method of all is another one'
     blocks = []
     for name, block in stage._modules.items():
         if KINDS.get(type(block)) != 'folded_bottleneck':
             return f'{name} is a {type(block).__name__}, not a folded bottleneck'
         if is_watched(block):
             return f'hooks watch {name}, or its forward is another one'
-        m = find(block, parts.FOLDED_BOTTLENECK, x)
+        m = find(block, parts.FOLDED_BOTTLENECK, x, is_asked=True)
         if isinstance(m, str):
             return f'{name}: {m}'
         blocks.append(FoundBlock(block, m, _look_ahead(block, x, m['conv1'].out_channels)))
@@ -385,7 +387,7 @@ def _look_ahead(block: nn.Module, like: Tensor, channels: int) -> Optional[Dict[
     if KINDS.get(type(layer)) != 'folded_cot_layer' or is_watched(pool) or is_watched(layer) \
             or type(pool) is not nn.Identity and KINDS.get(type(pool)) != 'avg_pool':
         return None
-    found = _look_at_folded_cot_layer(layer, like, channels)
+    found = _look_at_folded_cot_layer(layer, like, channels, is_asked=True)
     return None if isinstance(found, str) else found
 
 

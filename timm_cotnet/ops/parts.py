@@ -73,16 +73,23 @@ COT_ATTENTION = _parts(
 )
 
 
-def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_float: bool = False) -> Found:
+def find(
+        module: nn.Module,
+        parts: List[_Part],
+        like: Optional[Tensor],
+        any_float: bool = False,
+        is_asked: bool = False,
+) -> Found:
     """The parts of a module by their paths, or why they are not what a stand-in knows.
 
     Each has exactly its type, no hooks and no forward of its own. All parameters are plain tensors, like the one given
-    if there is one; if any_float in any floating dtype.
+    if there is one; if any_float in any floating dtype. Whether the module itself or all modules are watched is asked
+    unless it was already.
     """
     # the parts of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
-    if are_all_watched() or is_patched(module):
+    if not is_asked and (are_all_watched() or is_patched(module)):
         return 'hooks watch all modules, or a method of all or of this one is another one'
-    found, paths = [module], []
+    found, by_path = [module], {}
     if like is not None:
         dtype, device, is_cpu = like.dtype, like.device, like.is_cpu
     for parent, name, path, kind, size in parts:
@@ -94,7 +101,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
                 or 'forward' in own or '_conv_forward' in own:
             return f'hooks watch {path}, or its forward is another one'
         found.append(child)
-        paths.append(path)
+        by_path[path] = child
         if size:
             if len(own['_modules']) != size:
                 return f'{path} is not a sequence of {size} modules'
@@ -113,7 +120,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
                         and (tensor.dtype is dtype or any_float and tensor.dtype in FLOATS)
                         and (tensor.is_cpu if is_cpu else tensor.device == device)):
                     return f'{path} has a parameter that is not a plain {dtype} tensor on {device.type}'
-    return dict(zip(paths, found[1:]))
+    return by_path
 
 
 _COMPUTED = 'has a weight that is computed whenever it is read'
