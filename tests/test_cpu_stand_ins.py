@@ -7,12 +7,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
-from timm_cotnet.ops.cpu import build, stand_ins
+from timm_cotnet.ops.cpu import stand_ins
 
-from helpers import FORMATS, difference, image, shaken
+from helpers import FORMATS, difference, image, needs_kernels, shaken
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
+pytestmark = needs_kernels
 
 
 class Conv(nn.Conv2d):
@@ -115,6 +114,34 @@ def test_shortcut(name, norms):
         assert len(norms) == 3 and norms[1] is block.downsample[1]
     else:
         assert len(norms) == 2
+
+
+class Gives(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize('path, function', [
+    ('conv2', lambda x: x[:1]), ('downsample', lambda x: x[:1]), ('downsample', torch.Tensor.double)],
+    ids=['fewer images than the shortcut', 'a shortcut of one image', 'a shortcut in float64'])
+def test_sum_is_in_place(path, function):
+    """As in timm's block: its shape and dtype are those of the norm, or it is an error."""
+    results = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):  # nothing stands in for the latter
+        torch.manual_seed(0)
+        block = CotBottleneck(64, 16).train()
+        block.downsample = nn.Identity()
+        setattr(block, path, Gives(function))
+        try:
+            out = block(image(4, 64, 6, 8, memory_format=memory_format))
+            results.append((out.dtype, out.shape))
+        except RuntimeError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
 
 
 def test_without_a_shortcut(norms):

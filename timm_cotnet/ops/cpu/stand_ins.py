@@ -36,7 +36,7 @@ def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None
            and not t.is_neg() and t.shape == x.shape and t.is_contiguous(memory_format=torch.channels_last)  # of rank 4
            for t in (x, x if residual is None else residual)) and x.shape[1] == norm.num_features < x.numel():
         return train_batch_norm(x, norm, relu, residual if beside is None else beside)
-    out = norm(x) if residual is None else norm(x) + residual
+    out = norm(x) if residual is None else norm(x).add_(residual)
     return F.relu(out) if relu else out
 
 
