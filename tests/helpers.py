@@ -25,12 +25,18 @@ MODULES = {  # name: (what makes it, channels of its input)
     'CotLayer': (lambda: CotLayer(32), 32),
     'CoxtLayer': (lambda: CoxtLayer(32), 32),
     'CoTAttention': (lambda: CoTAttention(32), 32),
-    'CotBottleneck': (lambda: CotBottleneck(16, 16, 2, shortcut(16, 64)), 16),
+    'CotBottleneck': (lambda: CotBottleneck(16, 16, 2, strided_shortcut(16, 64)), 16),
     'SplitAttnBottleneck': (lambda: SplitAttnBottleneck(16, 16, 2, shortcut(16, 64)), 16),
 }
 
 
+def strided_shortcut(inplanes, outplanes):
+    """As in the plain networks, which kernels for training know."""
+    return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, 2, bias=False), nn.BatchNorm2d(outplanes))
+
+
 def shortcut(inplanes, outplanes):
+    """As in those of type D."""
     return nn.Sequential(
         nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(inplanes, outplanes, 1, bias=False), nn.BatchNorm2d(outplanes))
 
@@ -97,9 +103,13 @@ def implementations(module, *args):
     return [choice.implementation for choice in choices if choice.module is not None], out
 
 
+def why_no_kernels():
+    """None if the wing is there and can compile its kernels here."""
+    return 'the package has no folder ops/cpu' if conditions.cpu is None else conditions.cpu.why_not(torch.float32)
+
+
 def has_kernels():
-    """Whether the wing is there, and can compile its kernels here."""
-    return conditions.cpu is not None and conditions.cpu.why_not(torch.float32) is None
+    return why_no_kernels() is None
 
 
 class Lora(nn.Module):
@@ -115,7 +125,7 @@ class Lora(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-needs_kernels = pytest.mark.skipif(not has_kernels(), reason='no folder ops/cpu, or its kernels cannot run here')
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason=f'no native kernels: {why_no_kernels()}')
 needs_onednn = pytest.mark.skipif(
     why_not_packed(torch.float32) is not None, reason='PyTorch is built without oneDNN, which packs filters')
 needs_export_flag = pytest.mark.skipif(
@@ -171,9 +181,10 @@ class PlainWing:
         self.called.append('bottleneck')
         out = F.relu(self._batch_norm(self._pointwise(block.conv1, x), block.bn1))
         out = self._pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
-        shortcut = x if block.downsample is None else block.downsample(x)
         if downsample:
             shortcut = self._batch_norm(self._conv(downsample[0], x), downsample[1])
+        else:
+            shortcut = x if block.downsample is None else block.downsample(x)
         return F.relu(self._batch_norm(out, block.bn3) + shortcut)
 
     def folded_cot_layer(self, layer, x, parts):

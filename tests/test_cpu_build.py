@@ -16,8 +16,9 @@ from timm_cotnet.ops.cpu.contexts import contexts_folded
 from timm_cotnet.ops.cpu.local_conv import local_conv
 from timm_cotnet.ops.reference import local_conv_reference
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
+from helpers import needs_kernels
+
+pytestmark = needs_kernels
 DTYPE = torch.bfloat16  # of which the library is smaller, and compiled sooner
 
 

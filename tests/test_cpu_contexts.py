@@ -3,17 +3,16 @@ import copy
 
 import pytest
 import torch
-from helpers import threads_set
 
 from timm_cotnet import CotLayer, CoxtLayer, local_conv
 from timm_cotnet.ops.batch_norm import averages_of
 from timm_cotnet.ops.contexts import ContextsParameters, ContextsSettings, contexts
-from timm_cotnet.ops.cpu import build
 from timm_cotnet.ops.cpu import contexts as cpu_contexts
 from timm_cotnet.ops.cpu.contexts import contexts_backward, contexts_folded, contexts_forward
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
+from helpers import needs_kernels, threads_set
+
+pytestmark = needs_kernels
 
 # Batches are not tiny, as the norm of the mix, which is over pooled images, makes noise of few.
 LAYERS = [

@@ -1,16 +1,15 @@
 """The local convolution in C: values and gradients against the definition in double precision."""
 import pytest
 import torch
-from helpers import threads_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_cotnet.ops.cpu import build
 from timm_cotnet.ops.cpu.local_conv import local_conv, local_conv_backward
 from timm_cotnet.ops.reference import local_conv_reference
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build.load(torch.float32), str), reason=f'no native kernels: {build.load(torch.float32)}')
+from helpers import needs_kernels, threads_set
+
+pytestmark = needs_kernels
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2 ** -6}
 
 

@@ -173,11 +173,11 @@ def test_only_a_gradient_of_the_kernel_may_be_written_over(memory_format):
     torch.manual_seed(0)
     norm = shaken(nn.BatchNorm2d(8)).train()
     x, residual = (image(2, 8, 5, 4, memory_format, seed=seed).requires_grad_() for seed in (1, 2))
-    beside = residual.view_as(residual)
-    beside.retain_grad()
+    shortcut = residual.view_as(residual)
+    shortcut.retain_grad()
     exact = torch.relu(copy.deepcopy(norm).double()(x.double()) + residual.double())
-    out = stand_ins._norm_act(x, norm, residual, beside)
+    out = stand_ins._norm_act(x, norm, residual, shortcut)
     assert difference(out, exact) < 1e-5
     out.sum().backward()
     assert residual.grad is not None
-    assert (beside.grad is None) == (memory_format == torch.contiguous_format)
+    assert (shortcut.grad is None) == (memory_format == torch.contiguous_format)

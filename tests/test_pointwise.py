@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_cotnet.ops.pointwise import pointwise, run_pointwise_beside
+from timm_cotnet.ops.pointwise import pointwise, run_pointwise_with_shortcut
 
 from helpers import FORMATS, difference, image
 
@@ -104,24 +104,24 @@ def test_many_gradients_at_once(how):
             assert difference(many[i], one) < 1e-5
 
 
-def beside(x, weight, bias):
-    """What the convolution and another reader of its input make of it."""
+def forked(x, weight, bias):
+    """What a convolution and the shortcut around it make of an input."""
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
     conv._parameters.update(weight=weight, bias=bias)  # as they are, for derivatives by them
-    out, x = run_pointwise_beside(conv, x)
-    return torch.cat([out.flatten(1), x.sin().flatten(1)], 1)
+    out, shortcut = run_pointwise_with_shortcut(conv, x)
+    return torch.cat([out.flatten(1), shortcut.sin().flatten(1)], 1)
 
 
-def beside_plainly(x, weight, bias):
+def forked_plainly(x, weight, bias):
     return torch.cat([F.conv2d(x, weight, bias).flatten(1), x.sin().flatten(1)], 1)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('sizes', [{}, dict(B=1), dict(H=1, W=1), dict(C_in=1), dict(C=1), dict(B=0)])
-def test_beside(sizes, memory_format):
+def test_with_shortcut(sizes, memory_format):
     leaves = inputs(**sizes, memory_format=memory_format)
     exact = in_double(leaves)
-    out, expected = beside(*leaves), beside_plainly(*exact)
+    out, expected = forked(*leaves), forked_plainly(*exact)
     assert difference(out, expected) < 1e-5
     grad = torch.randn(out.shape)
     for actual, wanted in zip(torch.autograd.grad(out, leaves, grad, retain_graph=True),
@@ -131,18 +131,18 @@ def test_beside(sizes, memory_format):
         assert difference(actual, wanted) < 1e-4
 
 
-def test_gradcheck_beside():
+def test_gradcheck_with_shortcut():
     exact = in_double(inputs())
-    assert torch.autograd.gradcheck(beside, exact, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(beside, exact)
+    assert torch.autograd.gradcheck(forked, exact, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(forked, exact)
 
 
-@pytest.mark.parametrize('reader', ['convolution', 'beside'])
+@pytest.mark.parametrize('reader', ['convolution', 'shortcut'])
 def test_one_of_both_is_read(reader):
     (x, weight, bias), C = inputs(), 6
     exact = in_double((x, weight, bias))
     at = slice(None, C * 20) if reader == 'convolution' else slice(C * 20, None)
-    outs = beside(x, weight, bias)[:, at], beside_plainly(*exact)[:, at]
+    outs = forked(x, weight, bias)[:, at], forked_plainly(*exact)[:, at]
     actual, expected = (torch.autograd.grad(out.square().sum(), leaves, allow_unused=True, materialize_grads=True)
                         for out, leaves in zip(outs, ((x, weight, bias), exact)))
     for one, other in zip(actual, expected):
@@ -152,24 +152,24 @@ def test_one_of_both_is_read(reader):
 def test_gradient_is_added_in_place():
     x, conv = inputs()[0], nn.Conv2d(8, 6, 1)
     expected, = torch.autograd.grad(conv(x).square().sum() + x.sin().sum(), x)
-    out, again = run_pointwise_beside(conv, x)
+    out, shortcut = run_pointwise_with_shortcut(conv, x)
     seen = []
-    again.register_hook(lambda grad: seen.append(grad.data_ptr()))
-    grad, = torch.autograd.grad(out.square().sum() + again.sin().sum(), x)
+    shortcut.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    grad, = torch.autograd.grad(out.square().sum() + shortcut.sin().sum(), x)
     assert [grad.data_ptr()] == seen and difference(grad, expected) < 1e-5
 
 
-def test_beside_a_frozen_input():
+def test_shortcut_of_a_frozen_input():
     x, conv = image(2, 8, 3, 3, torch.channels_last), nn.Conv2d(8, 6, 1)
-    out, again = run_pointwise_beside(conv, x)
-    assert out.requires_grad and not again.requires_grad and torch.equal(again, x)
+    out, shortcut = run_pointwise_with_shortcut(conv, x)
+    assert out.requires_grad and not shortcut.requires_grad and torch.equal(shortcut, x)
 
 
 def test_gradients_under_autocast():
     """Gradients are as exact as those of PyTorch's convolution, which autocast leaves alone."""
     leaves = inputs(C=64)
-    expected = torch.autograd.grad(beside(*leaves).square().sum(), leaves)
-    out = beside(*leaves).square().sum()
+    expected = torch.autograd.grad(forked(*leaves).square().sum(), leaves)
+    out = forked(*leaves).square().sum()
     with torch.autocast('cpu', torch.bfloat16):
         actual = torch.autograd.grad(out, leaves)
     for one, other in zip(actual, expected):

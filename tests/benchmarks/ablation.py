@@ -59,7 +59,7 @@ def _contexts_by_definition() -> None:
 
 def _without_norms() -> None:
     """Batch norms of bottlenecks are PyTorch's."""
-    def norm_act(x, norm, residual=None, beside=None, relu=True):
+    def norm_act(x, norm, residual=None, shortcut=None, relu=True):
         out = norm(x)
         if residual is not None:
             out += residual
@@ -70,7 +70,7 @@ def _without_norms() -> None:
 def _without_pointwise() -> None:
     """1x1 convolutions of bottlenecks are PyTorch's in training, with its gradients."""
     _replace(conditions.cpu.stand_ins, 'run_pointwise', lambda conv, x: conv(x))
-    _replace(conditions.cpu.stand_ins, 'run_pointwise_beside', lambda conv, x: (conv(x), x))
+    _replace(conditions.cpu.stand_ins, 'run_pointwise_with_shortcut', lambda conv, x: (conv(x), x))
 
 
 def _replace(module: ModuleType, name: str, value: object) -> None:

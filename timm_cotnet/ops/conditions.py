@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import onednn, parts
 from .gpu.local_conv import why_not_triton
 from .parts import FLOATS, Found, FoundBlock, find, has_bias, is_plain
-from .watch import are_all_watched, is_traced, is_watched, needs_plain_graph
+from .watch import is_traced, is_watched, needs_plain_graph
 
 try:
     cpu = importlib.import_module('.cpu', __package__)  # the only import of that folder, without which all works
@@ -100,8 +100,9 @@ def why_not_native_local_conv(x: Tensor, weight: Tensor, kernel_size: int) -> Op
 _NO_WING = 'the package has no folder ops/cpu'
 
 
-def _is_pointwise(conv: nn.Conv2d, groups: int) -> bool:
-    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == groups
+def _is_pointwise(conv: nn.Conv2d, groups: int, any_stride: bool = False) -> bool:
+    return conv.kernel_size == (1, 1) and (any_stride or conv.stride == (1, 1)) and conv.padding == (0, 0) \
+        and conv.groups == groups
 
 
 def _is_mixing(first: nn.Conv2d, second: nn.Conv2d, dim: int, logits: int) -> bool:
@@ -308,11 +309,11 @@ def look_at_folded_cot_layer(layer: nn.Module, x: Tensor) -> Found:
     return _why_not_inference(x) or _look_at_folded_cot_layer(layer, x, x.shape[1])
 
 
-def _look_at_folded_cot_layer(layer: nn.Module, like: Tensor, channels: int, is_asked: bool = False) -> Found:
-    """For an input like the one given, but with its own number of channels; `is_asked` as for `find`."""
+def _look_at_folded_cot_layer(layer: nn.Module, like: Tensor, channels: int) -> Found:
+    """For an input like the one given, but with its own number of channels."""
     if cpu is None:
         return _NO_WING
-    m = find(layer, parts.FOLDED_COT_LAYER, like, is_asked=is_asked)
+    m = find(layer, parts.FOLDED_COT_LAYER, like)
     if isinstance(m, str):
         return m
     if layer.kernel_size > cpu.MAX_KERNEL_SIZE:
@@ -362,15 +363,13 @@ def look_at_folded_stage(stage: nn.Module, x: Tensor) -> Union[str, List[FoundBl
     reason = _why_not_inference(x)
     if reason is not None:
         return reason
-    if are_all_watched():
-        return 'hooks watch all modules, or a method of all is another one'
     blocks = []
     for name, block in stage._modules.items():
         if KINDS.get(type(block)) != 'folded_bottleneck':
             return f'{name} is a {type(block).__name__}, not a folded bottleneck'
         if is_watched(block):
             return f'hooks watch {name}, or its forward is another one'
-        m = find(block, parts.FOLDED_BOTTLENECK, x, is_asked=True)
+        m = find(block, parts.FOLDED_BOTTLENECK, x)
         if isinstance(m, str):
             return f'{name}: {m}'
         blocks.append(FoundBlock(block, m, _look_ahead(block, x, m['conv1'].out_channels)))
@@ -387,12 +386,12 @@ def _look_ahead(block: nn.Module, like: Tensor, channels: int) -> Optional[Dict[
     if KINDS.get(type(layer)) != 'folded_cot_layer' or is_watched(pool) or is_watched(layer) \
             or type(pool) is not nn.Identity and KINDS.get(type(pool)) != 'avg_pool':
         return None
-    found = _look_at_folded_cot_layer(layer, like, channels, is_asked=True)
+    found = _look_at_folded_cot_layer(layer, like, channels)
     return None if isinstance(found, str) else found
 
 
 def look_at_train_bottleneck(block: nn.Module, x: Tensor) -> Union[str, Tuple[nn.Module, ...]]:
-    """What is known of its `downsample`, too: convolution and norm; none if it has to be called."""
+    """Why not, or what `_look_at_downsample` gives."""
     reason = _NO_WING if cpu is None else _why_not_now(x, (torch.float32,), training=True)
     if reason is not None:
         return reason
@@ -406,12 +405,12 @@ def look_at_train_bottleneck(block: nn.Module, x: Tensor) -> Union[str, Tuple[nn
 
 
 def _look_at_downsample(block: nn.Module, x: Tensor) -> Tuple[nn.Module, ...]:
+    """Convolution and norm of a block's `downsample`, or nothing if kernels do not know it."""
     m = find(block, parts.DOWNSAMPLE, x)
     if isinstance(m, str):
         return ()
     _, conv, norm = m.values()
-    is_known = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return (conv, norm) if is_known and _why_not_train_norm(norm, x) is None else ()
+    return (conv, norm) if _is_pointwise(conv, 1, any_stride=True) and _why_not_train_norm(norm, x) is None else ()
 
 
 def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str]:

@@ -53,7 +53,7 @@ COT_LAYER = _parts(
 BOTTLENECK = _parts(  # the others are called
     conv1=nn.Conv2d, bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, conv3=nn.Conv2d, bn3=nn.BatchNorm2d,
     act3=nn.ReLU)
-DOWNSAMPLE = _parts(downsample=[nn.Conv2d, nn.BatchNorm2d])  # of a bottleneck; others are called
+DOWNSAMPLE = _parts(downsample=[nn.Conv2d, nn.BatchNorm2d])  # of a bottleneck in training; another one is called
 FOLDED_COT_LAYER = _parts(
     key_embed=[nn.Conv2d, nn.ReLU],
     query=nn.Conv2d,
@@ -73,21 +73,14 @@ COT_ATTENTION = _parts(
 )
 
 
-def find(
-        module: nn.Module,
-        parts: List[_Part],
-        like: Optional[Tensor],
-        any_float: bool = False,
-        is_asked: bool = False,
-) -> Found:
+def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_float: bool = False) -> Found:
     """The parts of a module by their paths, or why they are not what a stand-in knows.
 
     Each has exactly its type, no hooks and no forward of its own. All parameters are plain tensors, like the one given
-    if there is one; if any_float in any floating dtype. Whether the module itself or all modules are watched is asked
-    unless it was already.
+    if there is one; if any_float in any floating dtype.
     """
     # the parts of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
-    if not is_asked and (are_all_watched() or is_patched(module)):
+    if are_all_watched() or is_patched(module):
         return 'hooks watch all modules, or a method of all or of this one is another one'
     found, by_path = [module], {}
     if like is not None:

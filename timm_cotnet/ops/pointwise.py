@@ -30,36 +30,36 @@ def run_pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return pointwise(x, conv.weight, conv.bias, conv.stride)
 
 
-def run_pointwise_beside(conv: nn.Conv2d, x: Tensor) -> Tuple[Tensor, Tensor]:
-    """conv(x), of stride 1, and x for who reads it besides: the sum of both gradients takes the memory of theirs.
+def run_pointwise_with_shortcut(conv: nn.Conv2d, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """conv(x), of stride 1, and x for the shortcut around it: the sum of both gradients goes over the latter's.
 
-    So theirs must be a tensor that was made for it. One fewer is made, and read again.
+    So whoever reads the shortcut has to make a new tensor for its gradient. One fewer is made, and read again.
     """
     return Pointwise.apply(x, conv.weight, conv.bias, (1, 1), True) if x.requires_grad else (run_pointwise(conv, x), x)
 
 
 class Pointwise(torch.autograd.Function):
-    """`apply(x, weight, bias, stride, beside)`, see `pointwise`, and with beside `run_pointwise_beside`."""
+    """`apply(x, weight, bias, stride, with_shortcut)`, see `pointwise` and `run_pointwise_with_shortcut`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, beside):
+    def forward(ctx, x, weight, bias, stride, with_shortcut):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         out = F.conv2d(x, weight, bias, stride)
-        return (out, x) if beside else out
+        return (out, x) if with_shortcut else out
 
     @staticmethod
-    def backward(ctx, grad, grad_beside=None):  # differentiable itself
+    def backward(ctx, grad, grad_shortcut=None):  # differentiable itself
         if grad is None:
-            return grad_beside, None, None, None, None
+            return grad_shortcut, None, None, None, None
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         rows = grad.permute(0, 2, 3, 1)  # (B, H', W', C)
         with torch.autocast(grad.device.type, enabled=False):
             if wants_x and ctx.stride == (1, 1):
-                grad_x = _add_product(rows, weight.flatten(1), grad_beside)
+                grad_x = _add_product(rows, weight.flatten(1), grad_shortcut)
             elif wants_x:
                 grad_x = _strided_grad(grad, x, weight, ctx.stride)
             if wants_weight:
@@ -86,5 +86,5 @@ def _strided_grad(grad: Tensor, x: Tensor, weight: Tensor, stride: Tuple[int, in
     if wants_plain(grad):
         return torch.nn.grad.conv2d_input(x.shape, weight, grad, stride)
     out = torch.zeros_like(x, memory_format=torch.channels_last)
-    out[:, :, ::stride[0], ::stride[1]] = _add_product(grad.permute(0, 2, 3, 1), weight.flatten(1), None)
+    out.permute(0, 2, 3, 1)[:, ::stride[0], ::stride[1]] = grad.permute(0, 2, 3, 1) @ weight.flatten(1)
     return out

@@ -85,9 +85,10 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
     def images(channels: int) -> Tensor:
         return x.new_empty((B, channels, H, W)).contiguous(memory_format=torch.channels_last)
 
-    shapes = (4, C), (4, hidden), (B, C, 1, 1), (B, C, 1, 1), (4, C), (4, B, N), (4, C)
-    numbers = [x.new_empty(shape) for shape in shapes]
-    return [images(C), images(C), numbers[0], images(hidden), numbers[1], images(C), images(N), *numbers[2:]]
+    new = x.new_empty
+    return [
+        images(C), images(C), new(4, C), images(hidden), new(4, hidden), images(C), images(N), new(B, C, 1, 1),
+        new(B, C, 1, 1), new(4, C), new(4, B, N), new(4, C)]
 
 
 train_cot_layer = LayerOperator('train_cot_layer_on_cpu', layer_forward, layer_backward, like_kept)

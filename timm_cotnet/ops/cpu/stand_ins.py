@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..onednn import run_conv2d
-from ..pointwise import run_pointwise, run_pointwise_beside
+from ..pointwise import run_pointwise, run_pointwise_with_shortcut
 from .batch_norm import train_batch_norm
 from .contexts import contexts_folded
 
@@ -14,28 +14,27 @@ from .contexts import contexts_folded
 def train_bottleneck(block: nn.Module, x: Tensor, downsample: Sequence[nn.Module]) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in training, (B, C_in, H, W) -> (B, C, H', W'), float32.
 
-    Norms are kernels, with what follows them; between the 1x1 convolutions all is called, and in the shortcut where it
-    is not known to be a convolution and a norm.
+    Norms are kernels, with what follows them. Between the 1x1 convolutions all is called; so is the block's downsample,
+    unless its convolution and norm are given.
     """
-    out, beside = run_pointwise_beside(block.conv1, x)
+    out, shortcut = run_pointwise_with_shortcut(block.conv1, x)
     out = _norm_act(out, block.bn1)
     out = run_pointwise(block.conv3, block.avd_last(block.conv2(block.avd_first(out))))
     if downsample:
-        return _norm_act(out, block.bn3, _norm_act(run_pointwise(downsample[0], beside), downsample[1], relu=False))
-    shortcut = (x, beside) if block.downsample is None else (block.downsample(x), None)
-    return _norm_act(out, block.bn3, *shortcut)
+        return _norm_act(out, block.bn3, _norm_act(run_pointwise(downsample[0], shortcut), downsample[1], relu=False))
+    if block.downsample is None:
+        return _norm_act(out, block.bn3, x, shortcut)
+    return _norm_act(out, block.bn3, block.downsample(x))
 
 
-def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None, beside: Optional[Tensor] = None,
+def _norm_act(x: Tensor, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None, shortcut: Optional[Tensor] = None,
               relu: bool = True) -> Tensor:
-    """`relu(norm(x) + residual)`, by the kernel if it can take what came from modules, which may be any.
-
-    The kernel makes a gradient of its own for the residual: it reads beside instead, where there is one.
-    """
+    """`relu(norm(x) + residual)`, by the kernel if it can take what came from modules, which may be any. It makes a new
+    tensor for the residual's gradient, so it reads the shortcut instead where that is the residual."""
     if all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
            and not t.is_neg() and t.shape == x.shape and t.is_contiguous(memory_format=torch.channels_last)  # of rank 4
            for t in (x, x if residual is None else residual)) and x.shape[1] == norm.num_features < x.numel():
-        return train_batch_norm(x, norm, relu, residual if beside is None else beside)
+        return train_batch_norm(x, norm, relu, residual if shortcut is None else shortcut)
     out = norm(x) if residual is None else norm(x).add_(residual)
     return F.relu(out) if relu else out
 
