@@ -15,7 +15,7 @@ from triton_helpers import INTERPRETED
 
 from timm_cotnet import CotLayer
 from timm_cotnet.ops import conditions
-from timm_cotnet.ops.gpu import contexts, launch
+from timm_cotnet.ops.gpu import contexts
 from timm_cotnet.ops.gpu.folding import order_filters
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, pool, train_bottleneck, train_cot_layer)
@@ -90,7 +90,6 @@ def recorded(function):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.jit.JITFunction, 'run', run)
-        patch.setattr(launch, '_kernels', {})
         patch.setattr(conditions, '_has_cudnn', lambda: False)
         with torch.autocast('cpu', torch.bfloat16):
             function()

@@ -141,9 +141,9 @@ def calls(monkeypatch):
     """Shapes of the filters that go into one function with their norm."""
     found = []
 
-    def call(x, conv, *args):
+    def call(x, conv, *args, **kwargs):
         found.append((conv.in_channels, conv.out_channels))
-        return conv_norm_act(x, conv, *args)
+        return conv_norm_act(x, conv, *args, **kwargs)
 
     monkeypatch.setattr(stand_ins, 'conv_norm_act', call)
     return found
@@ -205,6 +205,51 @@ def test_block_with_others(what, calls):
     assert_all_close(got, {name: t.cpu() for name, t in expected.items()}, 1e-9, ('conv2.se.0.bias', 'conv3.bias'))
 
 
+WITHOUT = {
+    'as it is': (lambda block: None, 2),
+    'another output': (lambda block: setattr(block, 'conv3', nn.Conv2d(16, 64, 1, groups=2, bias=False)), 1),
+    'nothing through the block': (lambda block: setattr(block, 'conv2', Nothing()), 2),
+}
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return x.detach() * 0 + 1
+
+
+@kernels
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('what', WITHOUT)
+def test_block_without_a_shortcut(what, dtype, calls):
+    """Of which x is added at the end: the gradient of this sum is the first convolution's to add to."""
+    torch.manual_seed(0)
+    change, count = WITHOUT[what]
+    block, x = shaken(CotBottleneck(64, 16)), image(4, 64, 6, 5, torch.channels_last, dtype).to(DEVICE)
+    change(block)
+    block = block.to(DEVICE, dtype)
+    expected = value_and_grads(CotBottleneck.forward.__wrapped__, *exact(block, x)) if 'nothing' not in what else None
+    if expected is not None:
+        got = value_and_grads(train_bottleneck, block, x)
+        for name in ('out', 'x', 'conv3.weight', 'bn3.weight'):
+            assert error(got[name], expected[name]) < TOLERANCE[dtype], name
+    else:
+        reference, exact_x = exact(block, x)
+        CotBottleneck.forward.__wrapped__(reference, exact_x.requires_grad_()).sum().backward()
+        train_bottleneck(block, x.requires_grad_()).sum().backward()
+        assert error(x.grad, exact_x.grad) < TOLERANCE[dtype] and block.conv1.weight.grad is None
+    assert len(calls) == count
+
+
+@kernels
+def test_second_derivatives_of_a_block_without_a_shortcut():
+    torch.manual_seed(0)
+    block, x = shaken(CotBottleneck(32, 8)), image(2, 32, 3, 2, torch.channels_last, torch.float64).to(DEVICE)
+    block = block.to(DEVICE).double()
+    block.conv2 = nn.Identity()
+    expected = gradients_of_gradients(CotBottleneck.forward.__wrapped__, *exact(block, x))
+    assert_all_close(gradients_of_gradients(train_bottleneck, block, x), expected, 1e-7)
+
+
 @kernels
 def test_float32_stays_a_convolution(calls):
     """Convolutions may run in TF32 where products do not."""
@@ -224,10 +269,13 @@ def test_filters_of_another_dtype_are_an_error(calls):
 
 def test_gradient_of_an_image_has_its_memory_alone(monkeypatch):
     """Autograd adds in place to what nothing else holds."""
-    monkeypatch.setattr(conv_norm, 'norm_backward', lambda grad, x, *_: (x, grad, (x[0], x[0])))
+    monkeypatch.setattr(conv_norm, 'norm_backward', lambda grad, x, *_, **__: (x, grad, torch.zeros(5, 8)))
     x, grad = (torch.ones(2, C, 3, 3).contiguous(memory_format=torch.channels_last) for C in (4, 8))
     matrix, product = torch.ones(8, 4), torch.ones(18, 8)
     saved = x, matrix[:, :, None, None], product[0], product[0], matrix, product, None, None
     grad_x, _, grad_filters, *_ = conv_norm._gradients(grad, saved, (True, False, True, True, True))
     assert grad_x.is_contiguous(memory_format=torch.channels_last) and not grad_x._is_view()
     assert (grad_x == 8).all() and grad_filters.shape == (8, 4, 1, 1) and (grad_filters == 18).all()
+    for of_shortcut, is_over in ((torch.full_like(x, 2), True), (torch.full_like(x, 2).contiguous(), False)):
+        grad_x, *_ = conv_norm._gradients(grad, saved, (True, False, True, True, True), of_shortcut)
+        assert (grad_x is of_shortcut) == is_over and (grad_x == 10).all() and not grad_x._is_view()

@@ -15,8 +15,9 @@ from triton_helpers import (
 from timm_cotnet import CotLayer, CoxtLayer
 from timm_cotnet.ops.contexts import ContextsSettings
 from timm_cotnet.ops.cot_layer import grouped, parameters_of, settings_of
-from timm_cotnet.ops.gpu import launch
-from timm_cotnet.ops.gpu.contexts import _attend, _attend_backward, filter_table, tap_by_tap
+from timm_cotnet.ops.gpu import walks
+from timm_cotnet.ops.gpu.contexts import (
+    attend, attend_backward, filter_table, grads_like, like_tables, split_grads, split_tables, tap_by_tap)
 from timm_cotnet.ops.gpu.stand_ins import train_cot_layer
 
 CONVS = ('key_embed.0.weight', 'embed.0.weight', 'embed.3.weight', 'conv1x1.0.weight')
@@ -71,17 +72,17 @@ def test_autocast(dtype, tag):
 @pytest.mark.parametrize('tag', SMALL)
 def test_programs_that_walk_far(tag, monkeypatch):
     """Each program has several blocks of pixels, as those of large images have, and the last block is not full."""
-    walk = launch._walk
+    walk = walks._walk
     monkeypatch.setattr(
-        launch, '_walk', lambda images, pixels, tiles, block_p, programs=0, **blocks:
+        walks, '_walk', lambda images, pixels, tiles, block_p, programs=0, **blocks:
         walk(images, pixels, tiles, block_p, images * tiles, **blocks))
-    caches = launch.over_rows, launch.over_halves, launch.over_filters
+    caches = walks.over_rows, walks.over_halves, walks.over_filters
     for cache in caches:
         cache.cache_clear()
     try:
         layer, _ = create(tag)
         x = image(2, layer.dim, 9, 9, torch.channels_last, torch.float64)
-        found = launch.image_rows(x, 2)
+        found = walks.image_rows(x, 2)
         assert found.runs == 1 and found.sizes[1] > 2 * found.blocks['BLOCK_P']
         assert 9 * 9 % found.blocks['BLOCK_P'] != 0
         x = x.to(DEVICE)
@@ -232,8 +233,14 @@ def test_mixing_of_many_images(dtype, weights):
     expected_grads = torch.autograd.grad(
         expected, [pooled, *reference.parameters()], grad.double()[:, :, None, None])
     with torch.no_grad():
-        got, *kept = _attend(run_sums.to(DEVICE), p, s.averages[2], s.contexts.se_eps)
-        grads = _attend_backward(grad.to(DEVICE), *kept, p)
+        memory = like_tables(torch.empty(B, C, 1, 1, dtype=dtype, device=DEVICE), 0, A)
+        t = split_tables(memory, B, C, 0, A)
+        attend(run_sums.to(DEVICE), p[-6:], s.averages[2], s.contexts.se_eps, t)
+        g = split_grads(grads_like(memory, C, A), C, A)
+        grad = grad.to(DEVICE)
+        grad_pooled = attend_backward(grad, p.se_weight1, p.se_norm_weight, p.se_weight2, t, g)
+    got, grads = t.attn, (
+        grad_pooled, g.se_weight1, g.se_bias1, g.se_norm_weight, g.se_norm_bias, g.se_weight2, grad.sum(0))
     tolerance = TOLERANCE[weights] / 4
     assert error(got[:, :, None, None], expected) < tolerance
     largest = max(g.norm() for g in expected_grads)
@@ -257,7 +264,8 @@ def test_filters_of_a_large_mean():
         s = ContextsSettings(3, 1, 1, norm.num_groups)
         ours = tap_by_tap(logits.transpose(0, 1), 3, 1).transpose(0, 1).to(DEVICE)
         ours = ours.contiguous(memory_format=torch.channels_last)
-        table, _ = filter_table(ours, attn.bias, norm.weight, norm.bias, s)
+        table, means = ours.new_empty(2, 4, norm.num_channels), ours.new_empty(2, norm.num_channels)
+        filter_table(ours, attn.bias, norm.weight, norm.bias, s, table, means)
         scale, shift = table.double()[:, :2].unsqueeze(-1).unsqueeze(-1).unbind(1)
         got = ours.double() * scale + shift
         exact_norm, exact_bias = copy.deepcopy(norm).cpu().double(), attn.bias.cpu().double().view(-1, 1, 1)

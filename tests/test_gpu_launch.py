@@ -1,4 +1,4 @@
-"""A repeated launch of a Triton kernel hands the driver what Triton would: checked with a driver that only listens."""
+"""What is launched again is what Triton launched at first: checked with a driver that only listens."""
 import ctypes
 import re
 import threading
@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from triton_helpers import INTERPRETED
+from triton_helpers import INTERPRETED, has_old_triton
 
-from timm_cotnet.ops.gpu import launch
+from timm_cotnet import CotBottleneck, CotLayer, CoxtLayer
+from timm_cotnet.ops.gpu import launch, walks
+from timm_cotnet.ops.gpu.launch import made, repeated
+from timm_cotnet.ops.gpu.stand_ins import (
+    infer_bottleneck, infer_cot_layer, infer_folded_cot_layer, pool, train_bottleneck, train_cot_layer)
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 compiler = pytest.importorskip('triton.compiler', reason='this Triton has no compiler')
@@ -17,7 +21,6 @@ backends = pytest.importorskip('triton.backends.compiler', reason='this Triton h
 pytestmark = pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')
 
 FUNCTION, STREAM, SHARED = 0x7f1234567890, 0x7fabcdef0120, 2560
-ADDRESS = 0x7f45_0000_0000  # of tensors; beyond 32 bits
 
 
 class Launch(NamedTuple):
@@ -34,38 +37,25 @@ class Launch(NamedTuple):
 class Driver:
     """In place of `libcuda.so.1`: a C function that tells what it is called with."""
 
-    def __init__(self):
-        self.launches, self.code, number, pointer = [], 0, ctypes.c_uint, ctypes.c_void_p
+    def __init__(self, arguments=6):
+        self.launches, self.codes, number, pointer = [], [], ctypes.c_uint, ctypes.c_void_p
+        self.arguments = arguments
         self.cuLaunchKernel = ctypes.CFUNCTYPE(
             ctypes.c_int, pointer, *[number] * 7, pointer, ctypes.POINTER(pointer), pointer)(self._launch)
 
     def _launch(self, function, *args):
         *sizes, shared, stream, addresses, extra = args
-        arguments = [ctypes.c_uint64.from_address(addresses[i]).value for i in range(8)]
+        count = self.arguments if isinstance(self.arguments, int) else self.arguments[function]
+        arguments = [ctypes.c_uint64.from_address(addresses[i]).value for i in range(count)]
         self.launches.append(Launch(function, tuple(sizes[:3]), tuple(sizes[3:]), shared, stream, arguments, extra))
-        return self.code
-
-
-class Buffer(torch.Tensor):
-    """A tensor that says where it lies."""
-
-    def __new__(cls, address, dtype=torch.float32):
-        tensor = torch.empty(4, dtype=dtype).as_subclass(cls)
-        tensor.address = address
-        return tensor
-
-    def data_ptr(self):
-        return self.address
-
-    def get_device(self):
-        return 1
+        return self.codes.pop(0) if self.codes else 0
 
 
 class Kernel:
     """What `triton.jit` makes, as far as `launch` sees it; launched by Triton it is counted."""
 
-    def __init__(self, tensors=3, integers=2, **metadata):
-        self.by_triton, self.tensors, self.integers = [], tensors, integers
+    def __init__(self, function=FUNCTION, **metadata):
+        self.by_triton, self.function = [], function
         self.metadata = SimpleNamespace(**{**dict(num_warps=2, shared=SHARED), **metadata})
 
     def __getitem__(self, grid):
@@ -76,143 +66,380 @@ class Kernel:
             signature = dict(enumerate([*kinds, 'constexpr', 'constexpr']))
             return SimpleNamespace(
                 packed_metadata=(), metadata=self.metadata, src=SimpleNamespace(signature=signature),
-                function=FUNCTION)
+                function=self.function)
         return run
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    made = Driver()
-    monkeypatch.setattr(launch, '_driver', lambda: made)
-    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: STREAM + device, raising=False)
-    return made
+    found = Driver()
+    monkeypatch.setattr(launch, '_driver', lambda: found)
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: STREAM, raising=False)
+    return found
 
 
-@pytest.fixture
-def tensors():
-    return [Buffer(ADDRESS + 16 * i) for i in range(3)]
+def numbers(size=32, dtype=torch.float32):
+    return torch.zeros(size, dtype=dtype)
 
 
-def test_what_the_driver_is_given(driver, tensors):
+def function_of(kernel, returned=lambda x, y, out, work: out):
+    """One that launches a kernel twice: on what is given and made, and on a part of the latter."""
+    @repeated()
+    def function(x, y, *, number=7, grid=40, **constants):
+        out, work = made(torch.empty_like(x)), made(x.new_empty(64))
+        launch.launch(kernel, (grid,), x, work, number, -1, **constants)
+        launch.launch(kernel, (grid + 1,), work[8:], out if y is None else y, number, 3, **constants)
+        return returned(x, y, out, work)
+    return function
+
+
+# What the driver is given
+
+
+def test_launches(driver):
     kernel = Kernel()
-    for i in range(3):
-        launch.launch(kernel, (40 + i,), *tensors, 7 + i, -1, C=64, RELU=True)
-    assert [grid for grid, *_ in kernel.by_triton] == [(40,)]
-    for i, found in enumerate(driver.launches, 1):
-        *arguments, last, scratch, profile = found.arguments[:7]
-        assert arguments == [ADDRESS, ADDRESS + 16, ADDRESS + 32, 7 + i] and last == 2 ** 32 - 1
-        assert scratch == profile == 0
-        assert found._replace(arguments=None) == (
-            FUNCTION, (40 + i, 1, 1), (64, 1, 1), SHARED, STREAM + 1, None, None)
-    assert len(driver.launches) == 2
+    function, x, y = function_of(kernel, lambda *all: all[2:]), numbers(), numbers()
+    first = function(x, y, C=64, RELU=True)
+    assert [(grid, constants) for grid, _, constants in kernel.by_triton] == [
+        ((40,), dict(C=64, RELU=True)), ((41,), dict(C=64, RELU=True))] and not driver.launches
+    x, y = numbers(), numbers()
+    out, work = function(x, y, C=64, RELU=True)
+    assert len(kernel.by_triton) == 2
+    for i, (found, pointers, last) in enumerate(zip(
+            driver.launches, ((x, work), (work[8:], y)), (2 ** 64 - 1, 3), strict=True)):
+        assert found.arguments == [*(t.data_ptr() for t in pointers), 7, last, 0, 0]
+        assert found._replace(arguments=None) == (FUNCTION, (40 + i, 1, 1), (64, 1, 1), SHARED, STREAM, None, None)
+    for made_first, made_now in zip(first, (out, work)):
+        assert made_first.data_ptr() != made_now.data_ptr() and made_first.shape == made_now.shape
 
 
-def test_each_thread_has_arguments_of_its_own(driver, tensors):
-    kernel, others = Kernel(), [Buffer(3 * ADDRESS + 16 * i) for i in range(3)]
-    launch.launch(kernel, (1,), *tensors, 1, 2, C=64)
-    thread = threading.Thread(target=launch.launch, args=(kernel, (2,), *others, 3, 4), kwargs=dict(C=64))
-    launch.launch(kernel, (1,), *tensors, 1, 2, C=64)
-    memory = launch._arguments.of_thread[0]
-    thread.start()
-    thread.join()
-    assert [found.arguments[0] for found in driver.launches] == [ADDRESS, 3 * ADDRESS]
-    assert memory[0] == ADDRESS and launch._arguments.of_thread[0] is memory
+@pytest.mark.parametrize('returned', [
+    lambda x, y, out, work: out, lambda x, y, out, work: (out,), lambda x, y, out, work: (y, work, None, x, out),
+    lambda x, y, out, work: None, lambda x, y, out, work: (x, x)])
+def test_results(driver, returned):
+    x, y, function = numbers(), numbers((2, 16), torch.bfloat16), function_of(Kernel(), returned)
+    first, then = function(x, y), function(x, y)
+    assert type(first) is type(then) and driver.launches
+    if not isinstance(first, tuple):
+        first, then = (first,), (then,)
+    for one, other in zip(first, then, strict=True):
+        assert (one is other) == (one is None or one is x or one is y)
+        if one is not None:
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
-@pytest.mark.parametrize('change', ['dtype', 'constant', 'name', 'option'])
-def test_another_variant_is_compiled(driver, tensors, change):
+def test_memory_that_is_not_returned_is_one_piece(driver):
+    kernel, sizes = Kernel(), (3, 64, 65, 1)
+
+    @repeated()
+    def function(x):
+        parts = [made(x.new_empty(size)) for size in sizes]
+        for part in parts:
+            launch.launch(kernel, (1,), x, part, 1, 1)
+
+    for _ in range(2):
+        function(numbers())
+    begins = [found.arguments[1] for found in driver.launches]
+    assert [b - begins[0] for b in begins] == [0, 256, 512, 1024]
+
+
+def test_layouts_are_kept(driver):
     kernel = Kernel()
-    launch.launch(kernel, (1,), *tensors, 1, 2, C=64, RELU=True)
-    other = [*tensors[:2], Buffer(ADDRESS, torch.bfloat16)] if change == 'dtype' else tensors
+
+    @repeated()
+    def function(x):
+        out = made(torch.empty_like(x))
+        launch.launch(kernel, (1,), x, out, 1, 1)
+        return out
+
+    x = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
+    assert function(x).stride() == function(x).stride() == x.stride() and len(driver.launches) == 1
+
+
+def test_each_thread_has_arguments_of_its_own(driver, monkeypatch):
+    """The driver reads them while another thread may launch."""
+    function, kernel, x, y = None, Kernel(), numbers(), numbers()
+    function = function_of(kernel)
+    function(x, None)
+    seen = []
+
+    def start(*args):
+        if not seen:
+            seen.append(args[-2])
+            thread = threading.Thread(target=function, args=(y, None))
+            thread.start()
+            thread.join()
+        return driver.cuLaunchKernel(*args)
+
+    monkeypatch.setattr(launch, '_driver', lambda: SimpleNamespace(cuLaunchKernel=start))
+    function = function_of(kernel)
+    for _ in range(2):
+        function(x, None)
+    assert [found.arguments[0] == t.data_ptr() for found, t in zip(driver.launches[::2], (y, x))] == [True, True]
+
+
+# What is recorded anew
+
+
+@pytest.mark.parametrize('change', ['dtype', 'shape', 'number', 'constant', 'name', 'missing'])
+def test_another_kind(driver, change):
+    kernel, function = Kernel(), None
+    function = function_of(kernel)
+    function(numbers(), numbers(), C=64)
+    x = numbers(64) if change == 'shape' else numbers()
+    y = None if change == 'missing' else numbers(32, torch.float64 if change == 'dtype' else torch.float32)
     constants = {
-        'constant': dict(C=32, RELU=True), 'name': dict(C=64, SILU=True), 'option': dict(C=64, RELU=True, num_warps=8),
-    }.get(change, dict(C=64, RELU=True))
-    launch.launch(kernel, (1,), *other, 1, 2, **constants)
-    assert len(kernel.by_triton) == 2 and not driver.launches
-    launch.launch(kernel, (1,), *other, 1, 2, **constants)
-    launch.launch(kernel, (1,), *tensors, 1, 2, C=64, RELU=True)
-    assert len(kernel.by_triton) == 2 and len(driver.launches) == 2
+        'constant': dict(C=32), 'name': dict(B=64), 'number': dict(C=64, number=8)}.get(change, dict(C=64))
+    function(x, y, **constants)
+    assert len(kernel.by_triton) == 4 and not driver.launches
+    function(x, y, **constants)
+    function(numbers(), numbers(), C=64)
+    assert len(kernel.by_triton) == 4 and len(driver.launches) == 4
+
+
+def test_shapes_that_count(driver):
+    kernel = Kernel()
+
+    @repeated(1)
+    def function(x, y):
+        launch.launch(kernel, (y.numel(),), x, y, 1, 1)
+
+    for sizes in ((4, 8), (16, 8), (4, 12), (4, 12)):
+        function(*map(numbers, sizes))
+    assert [grid for grid, *_ in kernel.by_triton] == [(8,), (12,)]
+    assert [found.grid[0] for found in driver.launches] == [8, 12]
+
+
+# What is left to Triton
 
 
 @pytest.mark.parametrize('large', [2 ** 31, -2 ** 31 - 1, 2 ** 40])
-def test_integers_of_64_bits_are_left_to_triton(driver, tensors, large):
+def test_integers_of_64_bits(driver, large):
     kernel = Kernel()
-    for size in (large, large, 5, 2 ** 31 - 1, large, -2 ** 31):
-        launch.launch(kernel, (1,), *tensors, size, 1, C=64)
-    assert [args[3] for _, args, _ in kernel.by_triton] == [large, large, 5, large]
-    assert [found.arguments[3] for found in driver.launches] == [2 ** 31 - 1, 2 ** 31]
+    function = function_of(kernel)
+    for number in (large, large, 2 ** 31 - 1, 2 ** 31 - 1, -2 ** 31, -2 ** 31):
+        function(numbers(), numbers(), number=number)
+    assert [args[2] for _, args, _ in kernel.by_triton[::2]] == [large, large, 2 ** 31 - 1, -2 ** 31]
+    assert [found.arguments[2] % 2 ** 32 for found in driver.launches[::2]] == [2 ** 31 - 1, 2 ** 31]
 
 
-def test_memory_that_is_not_aligned_is_left_to_triton(driver, tensors):
+def test_memory_that_is_not_aligned(driver):
     kernel = Kernel()
-    for address in (ADDRESS, ADDRESS + 8, ADDRESS + 16):
-        launch.launch(kernel, (1,), *tensors[:2], Buffer(address), 1, 2, C=64)
-    assert [args[2].data_ptr() for _, args, _ in kernel.by_triton] == [ADDRESS, ADDRESS + 8]
-    assert [found.arguments[2] for found in driver.launches] == [ADDRESS + 16]
+    function = function_of(kernel)
+    for first in (1, 0, 0, 2, 4, 1):
+        function(numbers(), numbers(40)[first:])
+    assert len(kernel.by_triton) // 2 == 4 and len(driver.launches) // 2 == 2
+
+
+def test_tensors_that_are_one(driver):
+    """Which of two a kernel was given cannot be told then."""
+    kernel, x = Kernel(), numbers()
+    function = function_of(kernel)
+    for y in (x, numbers(), numbers()):
+        function(x, y)
+    assert len(kernel.by_triton) == 4 and driver.launches[1].arguments[1] != x.data_ptr()
+
+
+def test_tensors_that_are_unknown(driver):
+    kernel, other = Kernel(), numbers()
+
+    @repeated()
+    def function(x):
+        launch.launch(kernel, (1,), x, other, 1, 1)
+
+    for _ in range(3):
+        function(numbers())
+    assert len(kernel.by_triton) == 3 and not driver.launches
+
+
+def test_functions_within_others(driver):
+    """They are parts of these."""
+    kernel = Kernel()
+    inner = function_of(kernel)
+
+    @repeated()
+    def outer(x, y):
+        return inner(made(torch.empty_like(x)), y)
+
+    for _ in range(3):
+        outer(numbers(), numbers())
+    assert len(kernel.by_triton) == 2 and len(driver.launches) == 4
+    inner(numbers(), numbers())
+    assert len(kernel.by_triton) == 4
 
 
 @pytest.mark.parametrize('code', [1, 201, 700])
-def test_what_fails_is_launched_by_triton(driver, tensors, code):
-    kernel, driver.code = Kernel(), code
+def test_failures(driver, code):
+    """Triton says what is wrong at a first launch, and makes the device's context that of a new thread."""
+    kernel = Kernel()
+    function = function_of(kernel)
+    function(numbers(), numbers())
+    driver.codes = [code]
+    function(numbers(), numbers())
+    assert len(kernel.by_triton) == 4 and len(driver.launches) == 1
+    driver.codes = [0, code]
+    with pytest.raises(RuntimeError, match=f'error {code}'):
+        function(numbers(), numbers())
+
+
+def test_an_error_leaves_nothing_behind(driver):
+    kernel = Kernel()
+
+    @repeated()
+    def function(x, *, fails):
+        launch.launch(kernel, (1,), x, x, 1, 1)
+        if fails:
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        function(numbers(), fails=True)
     for _ in range(2):
-        launch.launch(kernel, (1,), *tensors, 1, 2, C=64)
-    assert len(kernel.by_triton) == 2 and len(driver.launches) == 1
+        function(numbers(), fails=False)
+    assert len(driver.launches) == 1
 
 
 @pytest.mark.parametrize('hook', ['launch_enter_hook', 'launch_exit_hook'])
-def test_hooks_see_each_launch(driver, tensors, hook, monkeypatch):
+def test_hooks_see_each_launch(driver, hook, monkeypatch):
     knobs = getattr(triton, 'knobs', None)
     holder, kernel = compiler.CompiledKernel if knobs is None else knobs.runtime, Kernel()
-    launch.launch(kernel, (1,), *tensors, 1, 2, C=64)
+    function = function_of(kernel)
+    function(numbers(), numbers())
     hooks = getattr(holder, hook)
     if hasattr(hooks, 'add'):
         monkeypatch.setattr(hooks, 'calls', [print])
     else:
         monkeypatch.setattr(holder, hook, print)
-    launch.launch(kernel, (1,), *tensors, 1, 2, C=64)
-    assert len(kernel.by_triton) == 2 and not driver.launches
+    function(numbers(), numbers())
+    assert len(kernel.by_triton) == 4 and not driver.launches
     monkeypatch.undo()
-
-
-def test_another_device_than_nvidias(driver, tensors, monkeypatch):
-    """Launched by Triton, but without asking again what fits."""
-    launched, kernel = [], Kernel()
-    kernel.params = [SimpleNamespace(name=name, is_constexpr=name.isupper()) for name in ('x_ptr', 'RELU', 'C')]
-    monkeypatch.setattr(torch.version, 'hip', '6.0')
-    monkeypatch.setattr(launch, '_has_old_launcher', lambda: False)
-
-    class Compiled(SimpleNamespace):
-        def __getitem__(self, grid):
-            return lambda *args: launched.append((grid, args))
-
-    run = Kernel.__getitem__
-    monkeypatch.setattr(Kernel, '__getitem__', lambda self, grid: lambda *args, **constants: Compiled(
-        **vars(run(self, grid)(*args, **constants))))
-    for i in range(2):
-        launch.launch(kernel, (5 + i,), *tensors, 1, 2, C=64, RELU=True)
-    assert len(kernel.by_triton) == 1 and not driver.launches
-    (grid, args), = launched
-    assert grid == (6, 1, 1) and all(a is b for a, b in zip(args, tensors)) and args[3:] == (1, 2, True, 64)
 
 
 @pytest.mark.parametrize('metadata', [
     dict(num_ctas=2), dict(launch_cooperative_grid=True), dict(launch_pdl=True), dict(global_scratch_size=128),
-    dict(profile_scratch_size=8)], ids=lambda metadata: next(iter(metadata)))
-def test_kernels_that_need_more_are_left_to_triton(driver, tensors, metadata, monkeypatch):
-    monkeypatch.setattr(launch, '_has_old_launcher', lambda: True)
+    dict(profile_scratch_size=8), dict()], ids=lambda metadata: next(iter(metadata), 'another device than NVIDIA\'s'))
+def test_kernels_that_need_more(driver, metadata, monkeypatch):
+    if not metadata:
+        monkeypatch.setattr(torch.version, 'hip', '6.0')
     kernel = Kernel(**metadata)
-    kernel.params = []
+    function = function_of(kernel)
     for _ in range(2):
-        launch.launch(kernel, (1,), *tensors, 1, 2, C=64)
-    assert len(kernel.by_triton) == 2 and not driver.launches
+        function(numbers(), numbers())
+    assert len(kernel.by_triton) == 4 and not driver.launches
+
+
+def test_few_kinds_are_remembered(driver, monkeypatch):
+    monkeypatch.setattr(launch, '_MOST', 3)
+    kernel = Kernel()
+    function = function_of(kernel)
+    for number in (1, 2, 3, 3, 4, 4, 1):
+        function(numbers(), numbers(), number=number)
+    assert len(kernel.by_triton) // 2 == 5 and len(driver.launches) // 2 == 2
+
+
+# Layers and blocks
+
+
+def channels_last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def block(**kwargs):
+    return CotBottleneck(32, 8, **kwargs)
+
+
+def strided_block():
+    return block(stride=2, downsample=torch.nn.Sequential(
+        torch.nn.Conv2d(32, 32, 1, 2, bias=False), torch.nn.BatchNorm2d(32)))
+
+
+MODULES = {
+    'CotLayer': (train_cot_layer, lambda: CotLayer(24)),
+    'CoxtLayer': (train_cot_layer, lambda: CoxtLayer(32)),
+    'block': (train_bottleneck, block),
+    'strided block': (train_bottleneck, strided_block),
+    'pool': (pool, lambda: torch.nn.AvgPool2d(3, 2, 1)),
+    'layer in evaluation': (infer_cot_layer, lambda: CotLayer(24).eval()),
+    'folded layer': (infer_folded_cot_layer, lambda: CoxtLayer(32).eval().fuse().bfloat16()),
+    'block in evaluation': (infer_bottleneck, lambda: block().eval()),
+}
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_modules(name, driver, monkeypatch):
+    """Each of their functions is launched again as Triton launched it: the same kernels on the same pattern of memory."""
+    run, create = MODULES[name]
+    module = create()
+    x = channels_last(2, getattr(module, 'dim', 32), 4, 3)
+    kernels, calls, driver.arguments = {}, [], {}
+
+    class Module:
+        def __init__(self, module):
+            self.module = module
+
+        def __getattr__(self, kernel):
+            if kernel not in kernels:
+                kernels[kernel] = Kernel(FUNCTION + len(kernels))
+            return kernels[kernel]
+
+    for file in ('contexts', 'folding', 'matrices', 'norm', 'pool'):
+        monkeypatch.setattr(f'timm_cotnet.ops.gpu.{file}.kernels_of', Module)
+    monkeypatch.setattr('timm_cotnet.ops.gpu.stand_ins._is_fused', lambda dtype: False)
+    monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: torch.conv2d(x, w, b, *args).relu_())
+    monkeypatch.setattr(
+        torch, 'cudnn_convolution_add_relu', lambda x, w, z, _, b, *args: torch.conv2d(x, w, b, *args).add_(z).relu_())
+    add, call = launch.Recording.add, launch.Repeat.__call__
+
+    def adding(self, compiled, grid, args):
+        calls.append((id(self), compiled.function, grid, *(
+            a if isinstance(a, int) else a.data_ptr() for a in args)))
+        held.append((self, args))
+        driver.arguments[compiled.function] = len(args)
+        add(self, compiled, grid, args)
+
+    def calling(self, tensors):
+        first = len(driver.launches)
+        held.append((self, tensors))
+        results = call(self, tensors)
+        assert results is not None
+        calls.extend((id(held[-1]), found.function, found.grid[0], *found.arguments)
+                     for found in driver.launches[first:])
+        return results
+
+    monkeypatch.setattr(launch.Recording, 'add', adding)
+    monkeypatch.setattr(launch.Repeat, '__call__', calling)
+    patterns = []
+    for _ in range(2):
+        held = []
+        calls.clear()
+        with torch.autocast('cpu', torch.bfloat16), torch.set_grad_enabled(module.training):
+            out = run(module, x.requires_grad_() if module.training else x)
+            if module.training:
+                out.sum().backward()
+        patterns.append(_pattern(calls))
+    assert patterns[0] == patterns[1] and len(driver.launches) == sum(map(len, patterns[1]))
+
+
+def _pattern(calls):
+    """For each function its launches, addresses numbered as they come."""
+    functions, found = {}, []
+    for function, *launched in calls:
+        if function not in functions:
+            functions[function] = {}
+            found.append([])
+        seen = functions[function]
+        found[-1].append([seen.setdefault(a, -len(seen)) if a > 2 ** 32 else a for a in launched[1:]])
+    return found
+
+
+# The library, and what the compiler makes
 
 
 def test_the_library(monkeypatch):
-    listening = Driver()
+    listening = Driver(arguments=8)
     monkeypatch.setattr(ctypes, 'CDLL', {'libcuda.so.1': listening}.__getitem__)
     library = launch._driver.__wrapped__()
-    memory, addresses = launch._argument_slots()
-    memory[:8] = range(8)
+    memory = (ctypes.c_uint64 * 8)(*range(8))
+    addresses = (ctypes.c_void_p * 8)(*[ctypes.addressof(memory) + 8 * i for i in range(8)])
     assert library.cuLaunchKernel(FUNCTION, 2 ** 31 - 1, 1, 1, 128, 1, 1, SHARED, STREAM, addresses, None) == 0
     assert listening.launches == [
         Launch(FUNCTION, (2 ** 31 - 1, 1, 1), (128, 1, 1), SHARED, STREAM, list(range(8)), None)]
@@ -221,27 +448,29 @@ def test_the_library(monkeypatch):
 @pytest.mark.slow
 def test_arguments_of_a_compiled_kernel(driver, monkeypatch):
     """Those of the machine code lie as the driver is given them, and Triton says of the kernel what is asked here."""
-    from timm_cotnet.ops.gpu import rows
-
-    kernel = rows.moments_kernel
+    kernel = walks.kernels_of('rows').moments_kernel
     constants = dict(ALIGN=16, BLOCK_P=32, BLOCK_C=64, FOLD=1, ACC=triton.language.float32)
     signature = dict(x_ptr='*bf16', moments_ptr='*fp32', P='i32', LENGTH='i32', RUNS='i32', PARTS='i32')
-    if launch._has_old_launcher():
+    if has_old_triton():
         source = compiler.ASTSource(kernel, signature, constants)
     else:
         source = compiler.ASTSource(kernel, {**signature, **dict.fromkeys(constants, 'constexpr')}, constants)
-    made = compiler.compile(source, target=backends.GPUTarget('cuda', 90, 32))
-    entry = made.asm['ptx'][made.asm['ptx'].index('.entry'):]
+    compiled = compiler.compile(source, target=backends.GPUTarget('cuda', 90, 32))
+    entry = compiled.asm['ptx'][compiled.asm['ptx'].index('.entry'):]
     parameters = re.findall(r'\.param \.([bu]\d\d)', entry[:entry.index('{')])
     assert [kind[1:] for kind in parameters[:6]] == ['64', '64', '32', '32', '32', '32']
     assert len(parameters) <= 8 and set(kind[1:] for kind in parameters[6:]) <= {'64'}
 
-    made.function = FUNCTION
-    args = (Buffer(ADDRESS, torch.bfloat16), Buffer(2 * ADDRESS), 3136, 64, 49, 4)
-    monkeypatch.setattr(type(kernel), '__getitem__', lambda *_: lambda *_, **__: made)
-    monkeypatch.setattr(launch, '_kernels', {})
+    compiled.function, driver.arguments = FUNCTION, 8
+    monkeypatch.setattr(type(kernel), '__getitem__', lambda *_: lambda *_, **__: compiled)
+
+    @repeated(0, 1)
+    def function(x, moments):
+        launch.launch(kernel, (98,), x, moments, 3136, 64, 49, 4, **constants)
+
+    x, moments = numbers(64, torch.bfloat16), numbers()
     for _ in range(2):
-        launch.launch(kernel, (98,), *args, **constants)
+        function(x, moments)
     found, = driver.launches
-    assert found.arguments == [ADDRESS, 2 * ADDRESS, 3136, 64, 49, 4, 0, 0]
-    assert found.block == (32 * made.metadata.num_warps, 1, 1) and found.shared == made.metadata.shared
+    assert found.arguments == [x.data_ptr(), moments.data_ptr(), 3136, 64, 49, 4, 0, 0]
+    assert found.block == (32 * compiled.metadata.num_warps, 1, 1) and found.shared == compiled.metadata.shared

@@ -16,7 +16,6 @@ import torch
 from helpers import image, shaken
 
 from timm_cotnet import CotLayer, CoxtLayer
-from timm_cotnet.ops.gpu import launch
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -27,6 +26,12 @@ kernels = pytest.mark.skipif(
 outside = pytest.mark.skipif(INTERPRETED, reason='starts the interpreter, in which it runs already')
 
 
+def has_old_triton() -> bool:
+    import triton
+
+    return tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)
+
+
 def passed_in_the_interpreter(file: str, loops: bool = True) -> Tuple[int, int]:
     """Numbers of tests of a file that pass in the interpreter and that are skipped there; fails if one fails.
 
@@ -35,7 +40,7 @@ def passed_in_the_interpreter(file: str, loops: bool = True) -> Tuple[int, int]:
         loops: Whether its kernels loop between numbers that they compute.
     """
     pytest.importorskip('triton', reason='Triton is not installed')
-    if loops and launch._has_old_launcher():
+    if loops and has_old_triton():
         pytest.skip('the interpreter of Triton before 3.3 cannot loop between numbers that a kernel computes')
     env = dict(os.environ, TRITON_INTERPRET='1', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
     command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-rs', file]

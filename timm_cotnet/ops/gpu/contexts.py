@@ -6,19 +6,19 @@ where autograd would keep six tensors more.
 
 Filters lie tap by tap, as `contexts_kernels.py` says; `tap_by_tap` brings those of a convolution into that order.
 """
+import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
-from ..cot_layer import TrainingParameters
 from .images import channels_last
-from .launch import (
-    Walk, accumulator, image_rows, kernels_of, launch, more_threads, over_filters, over_halves, power_of_2)
+from .launch import launch, made, repeated
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
+from .walks import (
+    Walk, accumulator, image_rows, kernels_of, more_threads, over_filters, over_halves, power_of_2)
 
 _SMALL = 256  # pixels of an image, through which one program walks in little time
 _FEW = 32  # images, for which a launch costs more than what programs compute twice or one after the other
@@ -62,34 +62,39 @@ def _filter_tiles(B: int, s: ContextsSettings) -> Tuple[Tuple[int], dict]:
 
 
 def filter_table(
-        logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tuple[Tensor, Tensor]:
-    """What the group norm does to each filter value of an image, and means: (B, 4, N) and (B, N)."""
+        logits: Tensor,
+        conv_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        s: ContextsSettings,
+        table: Tensor,
+        means: Tensor,
+) -> None:
+    """Fill in what the group norm does to each filter value of an image, (B, 4, N), and means, (B, N)."""
     contexts_kernels, rows = kernels_of('contexts_kernels'), kernels_of('rows')
     (B, N), walk, (dtype, acc) = logits.shape[:2], image_rows(logits), accumulator(logits.dtype)
-    conv_bias, weight, bias = conv_bias.contiguous(), weight.contiguous(), bias.contiguous()
-    moments = logits.new_empty(B, walk.runs, 2, N, dtype=dtype)
+    moments = made(logits.new_empty(B, walk.runs, 2, N, dtype=dtype))
     launch(rows.moments_kernel, walk.grid, logits, moments, *walk.rows, **walk.blocks, ACC=acc)
-    table, means = moments.new_empty(B, 4, N), moments.new_empty(B, N)
     grid, sizes = _filter_tiles(B, s)
     launch(contexts_kernels.filter_norm_kernel, grid, moments, conv_bias, weight, bias, table, means, *walk.sizes,
            EPS=s.filter_eps, **sizes, ACC=acc)
-    return table, means
 
 
 def infer_filter_table(
         logits: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, s: ContextsSettings) -> Tensor:
-    """The first result of `filter_table`; of few small images, which one launch can do, only its first two rows."""
+    """The table of `filter_table`; of few small images, which one launch can do, only its first two rows."""
     statistics_kernels = kernels_of('statistics_kernels')
     B, N, H, W = logits.shape
-    if H * W > _SMALL or B > _FEW:
-        return filter_table(logits, conv_bias, weight, bias, s)[0]
     dtype, acc = accumulator(logits.dtype)
+    table = made(logits.new_empty(B, 4, N, dtype=dtype))
+    if H * W > _SMALL or B > _FEW:
+        filter_table(logits, conv_bias, weight, bias, s, table, made(table.new_empty(B, N)))
+        return table
     grid, sizes = _filter_tiles(B, s)
     fitting = 2 ** (12 if dtype == torch.float64 else 13) // (sizes['BLOCK_T'] * sizes['BLOCK_G'])  # 32 for each thread
     block_p = max(1, min(32, power_of_2(H * W), fitting))
-    table = logits.new_empty(B, 4, N, dtype=dtype)
-    launch(statistics_kernels.filter_table_kernel, grid, logits, conv_bias.contiguous(), weight.contiguous(),
-           bias.contiguous(), table, H * W, EPS=s.filter_eps, BLOCK_P=block_p, **sizes, ACC=acc, num_warps=8)
+    launch(statistics_kernels.filter_table_kernel, grid, logits, conv_bias, weight, bias, table, H * W,
+           EPS=s.filter_eps, BLOCK_P=block_p, **sizes, ACC=acc, num_warps=8)
     return table
 
 
@@ -97,24 +102,28 @@ def infer_attention(pooled: Tensor, mixing: Mixing) -> Tensor:
     """Logits of the mix, (B, 2 * C or C), of contexts that are pooled over runs, (B, runs, C)."""
     mixing_kernels = kernels_of('mixing_kernels')
     (B, runs, C), hidden, acc = pooled.shape, len(mixing.bias1), accumulator(pooled.dtype)[1]
-    weight1, bias1, table, weight2, bias2 = (t if t is None else t.contiguous() for t in mixing)
+    weight1, bias1, table, weight2, bias2 = mixing
     logits = len(bias2)
-    attn = pooled.new_empty(B, logits)
+    attn = made(pooled.new_empty(B, logits))
     length = logits if B > _FEW else 64  # few images leave some logits to other programs
     launch(mixing_kernels.attend_kernel, (B * -(-logits // length),), pooled, weight1, bias1,
            pooled if table is None else table, weight2, bias2, attn, runs, length,
-           C=C, A=hidden, LOGITS=logits, NORMED=table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc, num_warps=8)
+           C=C, A=hidden, LOGITS=logits, NORMED=table is not None, BLOCK_A=power_of_2(hidden), BLOCK_C=32, ACC=acc,
+           num_warps=8)
     return attn
 
 
+@repeated(0, 1, 9, 12)
 def infer_contexts(
         value: Tensor,
         logits: Tensor,
         static: Tensor,
-        filters: Tensor,
+        conv_bias: Tensor,
+        filter_weight: Tensor,
+        filter_bias: Tensor,
         value_table: Optional[Tensor],
         table: Tensor,
-        mixing: Mixing,
+        *mixing: Optional[Tensor],
         s: ContextsSettings,
 ) -> Tensor:
     """Output of a CoT layer without a gradient from the results of its convolutions: (B, C, H, W), channels-last.
@@ -123,25 +132,37 @@ def infer_contexts(
         value: Values, (B, C, H, W), like the next two dense in channels-last.
         logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
         static: Static context, (B, C, H, W).
-        filters: What the group norm does to the filters, (B, 4, N), see `infer_filter_table`.
+        conv_bias: Bias of the convolution that makes the filters, filter by filter, (N), like the next two.
+        filter_weight: Of the norm of the filters.
+        filter_bias: Of the norm of the filters.
         value_table: Scale and shift of the values, (2, C); None: they are normed.
         table: Scale and shift of what is applied to the local convolution, (2, C), or where values are normed, what is
             added to it, (C).
-        mixing: What makes the weights of the mix.
+        *mixing: `Mixing`.
         s: Numbers.
     """
     kernels, mixing_kernels = kernels_of('contexts_kernels'), kernels_of('mixing_kernels')
     (B, C), walk, (dtype, acc) = value.shape[:2], _local_walk(value, s), accumulator(value.dtype)
-    table = table.contiguous()
-    dynamic, pooled = torch.empty_like(value), value.new_empty(B, walk.runs, C, dtype=dtype)
+    filters = infer_filter_table(logits, conv_bias, filter_weight, filter_bias, s)
+    dynamic, pooled = made(torch.empty_like(value)), made(value.new_empty(B, walk.runs, C, dtype=dtype))
     _local(kernels.dynamic_context_kernel, walk, value, s, value, logits, static,
            table if value_table is None else value_table, filters, table, dynamic, pooled,
            NORMED=value_table is not None, **more_threads(value.element_size()))
-    attn = infer_attention(pooled, mixing)
+    attn = infer_attention(pooled, Mixing(*mixing))
     walk = image_rows(value, sums=False)
     launch(mixing_kernels.mix_kernel, walk.grid, dynamic, static, attn, attn, dynamic, *walk.rows,
            DYNAMIC=True, PAIRED=attn.shape[1] != C, **walk.blocks, ACC=acc)  # in place
     return dynamic
+
+
+def dense_arguments(
+        filter_parameters: Sequence[Tensor],
+        value_table: Optional[Tensor],
+        table: Tensor,
+        mixing: Sequence[Optional[Tensor]],
+) -> List[Optional[Tensor]]:
+    """Those of `infer_contexts` but for its images; dense."""
+    return [t if t is None else t.contiguous() for t in (*filter_parameters, value_table, table, *mixing)]
 
 
 def compiled_contexts(
@@ -154,11 +175,7 @@ def compiled_contexts(
         mixing: Mixing,
         s: ContextsSettings,
 ) -> Tensor:
-    """`infer_contexts` as an operator of a graph, the norm of the filters included.
-
-    Args, besides those of `infer_contexts`:
-        filter_parameters: Bias of the convolution that makes the filters, weight and bias of their norm, (N) each.
-    """
+    """`infer_contexts` as an operator of a graph; filter_parameters are conv_bias, filter_weight and filter_bias."""
     return torch.ops.timm_cotnet.infer_contexts(
         value, logits, static, list(filter_parameters), value_table, table, *mixing, s.kernel_size, s.dilation,
         s.groups, s.num_filters, s.filter_eps)
@@ -177,10 +194,10 @@ def _(value, logits, static, filter_parameters, value_table, table, weight1, bia
       *numbers):
     s = ContextsSettings(*numbers[:4], filter_eps=numbers[4])
     value, logits, static = map(channels_last, (value, logits, static))
+    mixing = weight1, bias1, mixing_table, weight2, bias2
     with torch.cuda.device_of(value):
-        filters = infer_filter_table(logits, *filter_parameters, s)
-        mixing = Mixing(weight1, bias1, mixing_table, weight2, bias2)
-        return infer_contexts(value, logits, static, filters, value_table, table, mixing, s)
+        return infer_contexts(
+            value, logits, static, *dense_arguments(filter_parameters, value_table, table, mixing), s=s)
 
 
 @torch.library.register_fake('timm_cotnet::infer_contexts', lib=_LIBRARY)
@@ -188,15 +205,60 @@ def _(value, *args):
     return torch.empty_like(value, memory_format=torch.channels_last)
 
 
+class Tables(NamedTuple):
+    """What the backward of a layer in training needs besides images, for A hidden channels; in an accumulator's dtype."""
+    value: Tensor  # (4, C), of the norm of the values
+    filters: Tensor  # (B, 4, N), of that of the filters
+    norm: Tensor  # (4, C), of that behind the local convolution
+    attn: Tensor  # (B, 2 * C), logits of the mix
+    pooled: Tensor  # (B, C)
+    normed: Tensor  # (B, A), what the norm of the mixing gives without weight and bias
+    hidden: Tensor  # (B, A), what the second convolution of the mixing gets
+    x_scale: Tensor  # (A), 1 / sqrt(var + eps) of that norm
+    means: Tensor  # (B, N), of the filters
+
+
+def like_tables(value: Tensor, N: int, A: int) -> Tensor:
+    """Memory for `Tables`, in one row."""
+    B, C = value.shape[:2]
+    size = sum(math.prod(shape) for shape in _table_shapes(B, C, N, A))
+    return value.new_empty(size, dtype=accumulator(value.dtype)[0])
+
+
+def split_tables(memory: Tensor, B: int, C: int, N: int, A: int) -> Tables:
+    """Of what `like_tables` gives."""
+    shapes = _table_shapes(B, C, N, A)
+    return Tables(*(t.view(shape) for t, shape in zip(memory.split([math.prod(shape) for shape in shapes]), shapes)))
+
+
+def _table_shapes(B: int, C: int, N: int, A: int) -> List[Tuple[int, ...]]:
+    """The last is the one whose size may be odd, as launches want tensors at multiples of 16 bytes."""
+    return [(4, C), (B, 4, N), (4, C), (B, 2 * C), (B, C), (B, A), (B, A), (A,), (B, N)]
+
+
+@repeated(0, 1, 11)
 def train_forward(
         value: Tensor,
         logits: Tensor,
         static: Tensor,
-        p: TrainingParameters,
-        averages: Tuple[Averages, Averages, Averages],
+        value_weight: Tensor,
+        value_bias: Tensor,
+        conv_bias: Tensor,
+        filter_weight: Tensor,
+        filter_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        se_weight1: Tensor,
+        se_bias1: Tensor,
+        se_norm_weight: Tensor,
+        se_norm_bias: Tensor,
+        se_weight2: Tensor,
+        se_bias2: Tensor,
+        *averages: Tensor,
+        momenta: Tuple[float, float, float],
         s: ContextsSettings,
-) -> Tuple[Tensor, ...]:
-    """Output of a CoT layer in training from the results of its convolutions, and what the backward needs.
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Output of a CoT layer in training from the results of its convolutions, the local convolution's, and `Tables`.
 
     All tensors are dense, those of four dimensions in channels-last.
 
@@ -205,139 +267,174 @@ def train_forward(
             float16, like the next two.
         logits: Filters before their norm and without the bias of their convolution, tap by tap, (B, N, H, W).
         static: Static context, (B * H * W, C).
-        p: Parameters, in any floating dtype.
-        averages: Running statistics of the norms of value, local convolution and mixing, which are updated.
+        value_weight: The first of `TrainingParameters`, to se_bias2; in any floating dtype.
+        *averages: Mean, variance and count of the norms of values, local convolution and mixing, which are updated.
+        momenta: Of these norms.
         s: Numbers.
     """
     kernels, mixing_kernels = kernels_of('contexts_kernels'), kernels_of('mixing_kernels')
-    (B, C), walk, (dtype, acc) = value.shape[:2], image_rows(value), accumulator(value.dtype)
-    value_table = batch_norm_table(value, p.value_weight, p.value_bias, averages[0], s.value_eps)
-    filters, means = filter_table(logits, p.conv_bias, p.filter_weight, p.filter_bias, s)
+    (B, C), N, A, walk = value.shape[:2], logits.shape[1], len(se_bias1), image_rows(value)
+    dtype, acc = accumulator(value.dtype)
+    value_norm, norm, se_norm = (Averages(*averages[3 * i:3 * i + 3], momentum) for i, momentum in enumerate(momenta))
+    memory = made(like_tables(value, N, A))
+    t = split_tables(memory, B, C, N, A)
+    batch_norm_table(value, value_weight, value_bias, value_norm, s.value_eps, t.value)
+    filter_table(logits, conv_bias, filter_weight, filter_bias, s, t.filters, t.means)
     local_walk = _local_walk(value, s)
-    local, moments = torch.empty_like(static), value.new_empty(B, local_walk.runs, 2, C, dtype=dtype)
-    _local(kernels.local_conv_kernel, local_walk, value, s, value, logits, value_table, filters, local, moments)
-    table = table_of_moments(moments, B, p.weight, p.bias, averages[1], s.eps, local_walk)
-    pooled = moments.new_empty(B, walk.runs, C)
-    launch(mixing_kernels.pool_kernel, walk.grid, local, static, table, pooled, *walk.rows,
+    local, moments = made(torch.empty_like(static)), made(value.new_empty(B, local_walk.runs, 2, C, dtype=dtype))
+    _local(kernels.local_conv_kernel, local_walk, value, s, value, logits, t.value, t.filters, local, moments)
+    table_of_moments(moments, B, weight, bias, norm, s.eps, local_walk, t.norm)
+    run_sums = made(moments.new_empty(B, walk.runs, C))
+    launch(mixing_kernels.pool_kernel, walk.grid, local, static, t.norm, run_sums, *walk.rows,
            **walk.blocks, ACC=acc)
-    attn, *hidden = _attend(pooled, p, averages[2], s.se_eps)
-    mixed, walk = torch.empty_like(value), image_rows(value, sums=False)
-    launch(mixing_kernels.mix_kernel, walk.grid, local, static, attn, table, mixed, *walk.rows,
+    attend(run_sums, (se_weight1, se_bias1, se_norm_weight, se_norm_bias, se_weight2, se_bias2), se_norm, s.se_eps, t)
+    mixed, walk = made(torch.empty_like(value)), image_rows(value, sums=False)
+    launch(mixing_kernels.mix_kernel, walk.grid, local, static, t.attn, t.norm, mixed, *walk.rows,
            DYNAMIC=False, PAIRED=True, **walk.blocks, ACC=acc)
-    return mixed, local, value_table, filters, means, table, attn, *hidden
+    return mixed, local, memory
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in dtype; asks first, which takes less time than the conversion of what has it already."""
-    return x if x.dtype == dtype else x.to(dtype)
+def attend(run_sums: Tensor, parameters: Sequence[Tensor], averages: Averages, eps: float, t: Tables) -> None:
+    """Fill in the logits of the mix, of contexts that are pooled over runs, (B, runs, C), and what the backward needs.
+
+    The parameters are those of both convolutions and of the norm, in the order of `TrainingParameters`.
+    """
+    (B, runs, C), A, acc = run_sums.shape, len(t.x_scale), accumulator(run_sums.dtype)[1]
+    *first, weight2, bias2 = parameters
+    launch(kernels_of('mixing_kernels').train_attend_kernel, (A,), run_sums, *first, *averages[:3],
+           t.pooled, t.normed, t.hidden, t.x_scale, B, runs, C, A,
+           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=32, ACC=acc, num_warps=16)
+    _product(t.hidden, weight2, t.attn, (A, 1), (A, 1), A, bias2)
 
 
-def like_attention(pooled: Tensor, p: TrainingParameters) -> Tuple[Tensor, ...]:
-    """Empty tensors that `_attend` fills for the backward; pooled, (B, ..., C), is in the dtype of tables."""
-    (B, *_, C), (A,) = pooled.shape, p.se_bias1.shape
-    return (pooled.new_empty((B, C), dtype=p.se_weight1.dtype), pooled.new_empty(B, A),
-            pooled.new_empty((B, A), dtype=p.se_weight2.dtype), pooled.new_empty(A))
+def _product(
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        x_steps: Tuple[int, int],
+        y_steps: Tuple[int, int],
+        length: int,
+        bias: Optional[Tensor] = None,
+) -> None:
+    """out = x @ y^T + bias, (M, N), for x (M, length) and y (N, length) of these steps in memory."""
+    (M, N), acc = out.shape, accumulator(out.dtype)[1]
+    block = 16 if out.dtype == torch.float64 else 32
+    launch(kernels_of('products_kernels').product_kernel, (-(-M // block) * -(-N // block),),
+           x, y, x if bias is None else bias, out, M, N, length, *x_steps, *y_steps,
+           BIAS=bias is not None, BLOCK=block, ACC=acc, num_warps=8)
 
 
-def _attend(pooled: Tensor, p: TrainingParameters, averages: Averages, eps: float) -> Tuple[Tensor, ...]:
-    """Logits of the mix, (B, 2 * C), of contexts that are pooled over runs, and what the backward needs."""
-    mixing_kernels = kernels_of('mixing_kernels')
-    (B, runs, C), (A,) = pooled.shape, p.se_bias1.shape
-    images, normed, hidden, x_scale = kept = like_attention(pooled, p)
-    launch(mixing_kernels.train_attend_kernel, (A,),
-           pooled, p.se_weight1, p.se_bias1, p.se_norm_weight, p.se_norm_bias, averages.mean, averages.var,
-           averages.tracked, *kept, B, runs, C, A,
-           EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=128, BLOCK_C=32, ACC=accumulator(pooled.dtype)[1],
-           num_warps=16)
-    return F.linear(hidden, p.se_weight2.flatten(1), p.se_bias2), *kept
+class Grads(NamedTuple):
+    """Gradients of the parameters behind the convolutions, and what makes those of images; in an accumulator's dtype."""
+    value_factors: Tensor  # see `store_backward_factors`, which also gives the next two
+    value_weight: Tensor
+    value_bias: Tensor
+    factors: Tensor
+    weight: Tensor
+    bias: Tensor
+    se_bias2: Tensor
+    se_norm_weight: Tensor
+    se_norm_bias: Tensor
+    se_bias1: Tensor
+    se_weight1: Tensor
+    se_weight2: Tensor
 
 
-def _attend_backward(
-        grad: Tensor,
-        pooled: Tensor,
-        normed: Tensor,
-        hidden: Tensor,
-        x_scale: Tensor,
-        p: TrainingParameters,
-) -> Tuple[Tensor, ...]:
-    """Gradients of the pooled contexts and of the parameters but for the last one, which is a sum over images."""
-    mixing_kernels = kernels_of('mixing_kernels')
-    (B, C), (A,) = pooled.shape, x_scale.shape
-    grad_x, grads = pooled.new_empty(B, A), normed.new_empty(3, A)
-    launch(mixing_kernels.train_attend_backward_kernel, (A,),
-           grad, p.se_weight2, hidden, normed, p.se_norm_weight, x_scale, grad_x, grads, B, C, A,
-           BLOCK_R=128, BLOCK_C=64, ACC=accumulator(grad.dtype)[1], num_warps=16)
-    grad_weight, grad_bias, grad_bias1 = grads.unbind()
-    return (
-        grad_x.mm(p.se_weight1.flatten(1)), grad_x.t().mm(pooled).view(p.se_weight1.shape), grad_bias1, grad_weight,
-        grad_bias, _as(grad, hidden.dtype).t().mm(hidden).view(p.se_weight2.shape))
+def grads_like(tables: Tensor, C: int, A: int) -> Tensor:
+    """Memory for `Grads`, in one row."""
+    return tables.new_empty(sum(_grad_sizes(C, A)))
 
 
+def split_grads(memory: Tensor, C: int, A: int) -> Grads:
+    """Of what `grads_like` gives."""
+    return Grads(*memory.split(_grad_sizes(C, A)))
+
+
+def _grad_sizes(C: int, A: int) -> List[int]:
+    return [3 * C, C, C, 3 * C, C, C, 2 * C, A, A, A, A * C, 2 * C * A]
+
+
+def attend_backward(
+        grad: Tensor, weight1: Tensor, norm_weight: Tensor, weight2: Tensor, t: Tables, g: Grads) -> Tensor:
+    """Gradient of the pooled contexts, (B, C), from that of the logits; fills in those of parameters but for bias2."""
+    (B, C), A, acc = t.pooled.shape, len(t.x_scale), accumulator(grad.dtype)[1]
+    grad_hidden, grad_pooled = made(grad.new_empty(B, A)), made(grad.new_empty(B, C))
+    launch(kernels_of('mixing_kernels').train_attend_backward_kernel, (A,),
+           grad, weight2, t.hidden, t.normed, norm_weight, t.x_scale, grad_hidden, g.se_norm_weight, B, C, A,
+           BLOCK_R=128, BLOCK_C=64, ACC=acc, num_warps=16)
+    _product(grad_hidden, weight1, grad_pooled, (A, 1), (1, C), A)
+    _product(grad_hidden, t.pooled, g.se_weight1.view(A, C), (1, A), (1, C), B)
+    _product(grad, t.hidden, g.se_weight2.view(2 * C, A), (1, 2 * C), (1, A), B)
+    return grad_pooled
+
+
+@repeated(1, 2, 11)
 def train_backward(
         grad: Tensor,
         value: Tensor,
         logits: Tensor,
         static: Tensor,
         local: Tensor,
-        value_table: Tensor,
-        filters: Tensor,
-        means: Tensor,
-        table: Tensor,
-        attn: Tensor,
-        pooled: Tensor,
-        normed: Tensor,
-        hidden: Tensor,
-        x_scale: Tensor,
-        p: TrainingParameters,
+        tables: Tensor,
+        value_weight: Tensor,
+        filter_weight: Tensor,
+        weight: Tensor,
+        se_weight1: Tensor,
+        se_norm_weight: Tensor,
+        se_weight2: Tensor,
+        *,
         s: ContextsSettings,
-) -> List[Tensor]:
-    """Gradients of value, logits and static, of rows, and of the parameters.
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, logits and static, of rows; of parameters, see `split_grads`; and of others for each image.
 
-    Those of the filters' norm and of the bias that is added to the filters come last, for each image: (B, 3, N).
+    These are those of weight and bias of the filters' norm and of the bias that is added to the filters: (B, 3, N).
     """
     kernels, mixing_kernels, rows = kernels_of('contexts_kernels'), kernels_of('mixing_kernels'), kernels_of('rows')
     (B, C, H, W), N, (dtype, acc) = value.shape, logits.shape[1], accumulator(value.dtype)
+    A = len(se_norm_weight)
     walk, filter_walk = image_rows(value), image_rows(logits)
+    t = split_tables(tables, B, C, N, A)
+    memory = made(grads_like(tables, C, A))
+    g = split_grads(memory, C, A)
 
-    run_sums = value.new_empty(B, walk.runs, 5, C, dtype=dtype)
-    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, table, run_sums, *walk.rows,
+    run_sums = made(value.new_empty(B, walk.runs, 5, C, dtype=dtype))
+    launch(mixing_kernels.mix_sums_kernel, walk.grid, grad, local, static, t.norm, run_sums, *walk.rows,
            **walk.blocks, ACC=acc)
-    sums, grad_attn = run_sums.new_empty(B, 4, C), run_sums.new_empty(B, 2 * C)
-    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, attn, sums, grad_attn, walk.runs, C,
+    sums, grad_attn = made(run_sums.new_empty(B, 4, C)), made(run_sums.new_empty(B, 2 * C))
+    launch(mixing_kernels.attn_grad_kernel, (B * -(-C // 64),), run_sums, t.attn, sums, grad_attn, walk.runs, C,
            BLOCK_C=64, ACC=acc)
-    grad_pooled, *se_grads = _attend_backward(grad_attn, pooled, normed, hidden, x_scale, p)
+    grad_pooled = attend_backward(grad_attn, se_weight1, se_norm_weight, se_weight2, t, g)
 
-    factors = table.new_empty(7, C)
     launch(mixing_kernels.mixed_norm_backward_kernel, (-(-C // 8),),
-           sums, attn, grad_attn, grad_pooled, p.weight, table, factors, B, H * W, C,
+           sums, t.attn, grad_attn, grad_pooled, weight, t.norm, g.factors, B, H * W, C,
            BLOCK_R=128, BLOCK_C=8, ACC=acc)
-    _, grad_weight, grad_bias, grad_bias2 = factors.view(-1).split([3 * C, C, C, 2 * C])
-    walk, grad_static, grad_local = image_rows(value, sums=False), torch.empty_like(static), torch.empty_like(local)
+    walk = image_rows(value, sums=False)
+    grad_static, grad_local = made(torch.empty_like(static)), made(torch.empty_like(local))
     launch(mixing_kernels.mix_backward_kernel, walk.grid,
-           grad, local, attn, grad_pooled, table, factors, grad_static, grad_local, *walk.rows,
+           grad, local, t.attn, grad_pooled, t.norm, g.factors, grad_static, grad_local, *walk.rows,
            **walk.blocks, ACC=acc)
 
     local_walk = _local_walk(value, s)
-    grad_value, sums = torch.empty_like(local), sums.new_empty(B, local_walk.runs, 2, C)
+    grad_value, sums = made(torch.empty_like(local)), made(sums.new_empty(B, local_walk.runs, 2, C))
     _local(kernels.value_grad_kernel, local_walk, value, s,
-           grad_local, logits, value, value_table, filters, grad_value, sums, **more_threads(value.element_size()))
-    factors, value_grads = batch_norm_backward(sums, p.value_weight, value_table, local_walk, B)
-    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, value, factors, grad_value, value, *walk.rows,
+           grad_local, logits, value, t.value, t.filters, grad_value, sums, **more_threads(value.element_size()))
+    batch_norm_backward(sums, value_weight, t.value, g.value_factors, local_walk, B)
+    launch(rows.norm_backward_kernel, walk.grid,
+           grad_value, value, value, g.value_factors, grad_value, value, *walk.rows,
            FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
 
-    grad_logits = logits.new_empty(B * H * W, N)
+    grad_logits = made(logits.new_empty(B * H * W, N))
     _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
-           value, s, grad_local, value, value_table, grad_logits)
-    sums = sums.new_empty(B, filter_walk.runs, 2, N)
-    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, filters, sums, *filter_walk.rows,
+           value, s, grad_local, value, t.value, grad_logits)
+    sums = made(sums.new_empty(B, filter_walk.runs, 2, N))
+    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, t.filters, sums, *filter_walk.rows,
            TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
-    factors, filter_grads = sums.new_empty(B, 3, N), sums.new_empty(B, 3, N)
+    factors, filter_grads = made(sums.new_empty(B, 3, N)), made(sums.new_empty(B, 3, N))
     grid, sizes = _filter_tiles(B, s)
     launch(kernels.filter_norm_backward_kernel, grid,
-           sums, p.filter_weight, filters, means, factors, filter_grads, H * W, filter_walk.runs, **sizes, ACC=acc)
+           sums, filter_weight, t.filters, t.means, factors, filter_grads, H * W, filter_walk.runs, **sizes, ACC=acc)
     filter_walk = image_rows(logits, sums=False)
     launch(rows.norm_backward_kernel, filter_walk.grid,
            grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.rows,
            FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
-    return [grad_value, grad_logits, grad_static, *value_grads, grad_weight, grad_bias, *se_grads, grad_bias2,
-            filter_grads]
+    return grad_value, grad_logits, grad_static, memory, filter_grads

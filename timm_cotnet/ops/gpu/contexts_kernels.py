@@ -8,7 +8,7 @@ c % GS. A program walks through its pixels in order, so that the rows above and 
 import triton
 import triton.language as tl
 
-from .rows import COUNTS, fold, load, row, sigmoid, store, store_moments, store_row
+from .rows import COUNTS, fold, load, sigmoid, store, store_moments, store_row
 
 
 # Norm of the filters

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..batch_norm import Averages
 from ..compiled import LayerOperator
 from ..contexts import gradient_like
 from ..cot_layer import Settings, grouped
-from .contexts import like_attention, train_backward, train_forward
+from .contexts import like_tables, split_grads, train_backward, train_forward
 from .images import channels_last, image_of, rows_of
 from .matrices import Matrices, from_matrices, is_dense, key_groups, like_matrices, to_matrices
 from .norm import norm_again, norm_backward, norm_forward
@@ -38,13 +39,21 @@ def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple
     p, of_x = grouped(parameters), rows_of(x)
     with _WithoutAutocast(x.device.type):
         m = to_matrices(p, s)
-        static_in = rows_of(F.conv2d(x, m.key, None, 1, s.key_padding, s.key_dilation, key_groups(p, s)))
-        static, key_table = norm_forward(static_in, p.key_weight, p.key_bias, s.key_averages, s.key_eps)
+        static_in = F.conv2d(x, m.key, None, 1, s.key_padding, s.key_dilation, key_groups(p, s))
+        static_in = rows_of(channels_last(static_in))
+        static, key_table = _norm(static_in, p.key_weight, p.key_bias, s.key_averages, s.key_eps)
         hidden_in = _product(static, m.of_key, x, _product(of_x, m.of_query, x))
-        hidden, first_table = norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
+        hidden, first_table = _norm(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
         logits, value = image_of(_product(hidden, m.attn, x), x), image_of(_product(of_x, m.value, x), x)
-        mixed, *kept = train_forward(value, logits, static, p.rest, s.averages, s.contexts)
-    return mixed, *m, static_in, key_table, hidden_in, first_table, value, logits, *kept
+        averages = s.averages
+        mixed, local, tables = train_forward(
+            value, logits, static, *p.rest, *averages[0][:3], *averages[1][:3], *averages[2][:3],
+            momenta=(averages[0].momentum, averages[1].momentum, averages[2].momentum), s=s.contexts)
+    return mixed, *m, static_in, key_table, hidden_in, first_table, value, logits, local, tables
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float) -> Tuple[Tensor, Tensor]:
+    return norm_forward(x, None, weight, bias, *averages[:3], momentum=averages.momentum, eps=eps)
 
 
 def layer_backward(
@@ -59,35 +68,41 @@ def layer_backward(
     need_x, need_key, _, _, need_first, _, _, need_attn, need_value, *_ = needed
     p = grouped(parameters)
     # hooks may have changed what was saved
-    grad, x, *kept = (_dense(t) for t in (grad.to(s.dtype), x, *kept))
-    m, (static_in, key_table, hidden_in, first_table, value, logits, *kept) = Matrices(*kept[:5]), kept[5:]
+    grad, x, *kept = [_dense(t) for t in (grad.to(s.dtype), x, *kept)]
+    m, (static_in, key_table, hidden_in, first_table, value, logits, local, tables) = Matrices(*kept[:5]), kept[5:]
     with torch.cuda.device_of(x), _WithoutAutocast(x.device.type):
-        static, of_x = norm_again(static_in, key_table), rows_of(x)
-        grad_value, grad_logits, grad_static, *grads = train_backward(
-            grad, value, logits, static, *kept, p.rest, s.contexts)
-        hidden = norm_again(hidden_in, first_table)
+        static, of_x, rest = norm_again(static_in, None, key_table), rows_of(x), p.rest
+        grad_value, grad_logits, grad_static, grads, image_sums = train_backward(
+            grad, value, logits, static, local, tables, rest.value_weight, rest.filter_weight, rest.weight,
+            rest.se_weight1, rest.se_norm_weight, rest.se_weight2, s=s.contexts)
+        hidden = norm_again(hidden_in, None, first_table)
         grad_attn = _filter_grad(grad_logits, hidden, x) if need_attn else None
-        grad_hidden = _product(grad_logits, m.attn.t(), x)
-        grad_hidden, _, first_grads = norm_backward(grad_hidden, hidden_in, hidden, p.first_weight, first_table)
-        grad_static = _product(grad_hidden, m.of_key.t(), x, grad_static)
+        grad_hidden = _product_back(grad_logits, m.attn, x)
+        grad_hidden, _, of_first_norm = norm_backward(grad_hidden, hidden_in, hidden, p.first_weight, first_table)
+        grad_static = _product_back(grad_hidden, m.of_key, x, grad_static)
         of_first = [_filter_grad(grad_hidden, t, x) if need_first else None for t in (of_x, static)]
-        grad_static, _, key_grads = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
+        grad_static, _, of_key_norm = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
         grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
-            image_of(grad_static, x), x, m.key, None, [1, 1], s.key_padding, s.key_dilation, False, [0, 0],
+            image_of(grad_static, x), x, m.key, None, _ONES, s.key_padding, s.key_dilation, False, _ZEROS,
             key_groups(p, s), [need_x, need_key, False])
         if need_x:
             grad_x = channels_last(grad_x)
-            of_grad_x = _product(grad_hidden, m.of_query.t(), x, rows_of(grad_x))
-            _product(grad_value, m.value.t(), x, of_grad_x)
+            of_grad_x = _product_back(grad_hidden, m.of_query, x, rows_of(grad_x))
+            _product_back(grad_value, m.value, x, of_grad_x)
         grad_value = _filter_grad(grad_value, of_x, x) if need_value else None
         grad_key = channels_last(grad_key) if need_key else None
-        (grad_key, grad_first, grad_attn, grad_value), sums = from_matrices(
-            (grad_key, *of_first, grad_attn, grad_value), grads.pop(), p, s)
-        filter_weight, filter_bias, conv_bias = sums
-    value_weight, value_bias, *grads = grads
-    grads = [grad_key, *key_grads, grad_first, *first_grads, grad_attn, grad_value, value_weight, value_bias,
-             conv_bias, filter_weight, filter_bias, *grads]
+        (grad_key, grad_first, grad_attn, grad_value), (filter_weight, filter_bias, conv_bias) = from_matrices(
+            (grad_key, *of_first, grad_attn, grad_value), image_sums, p, s)
+    g = split_grads(grads, x.shape[1], len(rest.se_bias1))
+    grads = [
+        grad_key, *of_key_norm.unbind()[3:], grad_first, *of_first_norm.unbind()[3:], grad_attn, grad_value,
+        g.value_weight, g.value_bias, conv_bias, filter_weight, filter_bias, g.weight, g.bias,
+        g.se_weight1.view(rest.se_weight1.shape), g.se_bias1, g.se_norm_weight, g.se_norm_bias,
+        g.se_weight2.view(rest.se_weight2.shape), g.se_bias2]
     return [grad_x, *(None if g is None else gradient_like(g, t) for g, t in zip(grads, parameters))]
+
+
+_ONES, _ZEROS = (1, 1), (0, 0)
 
 
 def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tensor]:
@@ -103,14 +118,11 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
         return torch.empty(
             (B, channels, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    def numbers(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
+    def table(channels: int) -> Tensor:
+        return x.new_empty(4, channels, dtype=dtype)
 
-    attn = x.new_empty((B, 2 * C), dtype=p.rest.se_weight2.dtype)
-    return [
-        *like_matrices(p, s), rows(C), numbers(4, C), rows(hidden), numbers(4, hidden), image(C), image(N),
-        rows(C), numbers(4, C), numbers(B, 4, N), numbers(B, N), numbers(4, C), attn,
-        *like_attention(numbers(B, C), p.rest)]
+    return [*like_matrices(p, s), rows(C), table(C), rows(hidden), table(hidden), image(C), image(N), rows(C),
+            like_tables(x, N, len(p.rest.se_bias1))]
 
 
 train_cot_layer = LayerOperator('train_cot_layer', layer_forward, layer_backward, like_kept)
@@ -119,9 +131,16 @@ train_cot_layer = LayerOperator('train_cot_layer', layer_forward, layer_backward
 def _product(x: Tensor, filters: Tensor, image: Tensor, addend: Optional[Tensor] = None) -> Tensor:
     """A 1x1 convolution of an image's rows with filters (out, channels); the sum is written over addend."""
     if x.dtype == torch.float32:  # whether it may run in TF32 is said for convolutions and for products apart
-        out = rows_of(F.conv2d(image_of(x, image), filters[:, :, None, None]))
+        out = rows_of(channels_last(F.conv2d(image_of(x, image), filters[:, :, None, None])))
         return out if addend is None else addend.add_(out)
-    return torch.mm(x, filters.t()) if addend is None else addend.addmm_(x, filters.t())
+    return F.linear(x, filters) if addend is None else addend.addmm_(x, filters.t())
+
+
+def _product_back(grad: Tensor, filters: Tensor, image: Tensor, addend: Optional[Tensor] = None) -> Tensor:
+    """Gradient of the rows that `_product` was given."""
+    if grad.dtype == torch.float32:
+        return _product(grad, filters.t(), image, addend)
+    return torch.mm(grad, filters) if addend is None else addend.addmm_(grad, filters)
 
 
 def _filter_grad(grad: Tensor, x: Tensor, image: Tensor) -> Tensor:
@@ -131,7 +150,7 @@ def _filter_grad(grad: Tensor, x: Tensor, image: Tensor) -> Tensor:
     grad, x = image_of(grad, image), image_of(x, image)
     filters = grad.new_empty(grad.shape[1], x.shape[1], 1, 1)
     return torch.ops.aten.convolution_backward(
-        grad, x, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])[1].flatten(1)
+        grad, x, filters, None, _ONES, _ZEROS, _ONES, False, _ZEROS, 1, [False, True, False])[1].flatten(1)
 
 
 def _dense(x: Tensor) -> Tensor:

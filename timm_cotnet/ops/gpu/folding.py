@@ -5,8 +5,9 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .launch import accumulator, kernels_of, launch, power_of_2
+from .launch import launch, repeated
 from .matrices import is_dense
+from .walks import accumulator, kernels_of, power_of_2
 
 _BLOCK_O, _BLOCK_J = 8, 256
 
@@ -96,14 +97,13 @@ def fold_layer(layer: nn.Module, dtype: torch.dtype) -> LayerFilters:
     plan = _plan_of_layer(
         tuple(weight.shape), key.groups, made_groups, channels_last, first.out_channels, se.out_channels,
         layer.groups, group_norm.num_groups, layer.kernel_size ** 2)
-    (table_dtype, acc), C = accumulator(dtype), weight.shape[0]
+    table_dtype, C = accumulator(dtype)[0], weight.shape[0]
     out = torch.empty(plan.size, dtype=dtype, device=weight.device)
     table = torch.empty(-(-C // 64) * 64 + 2 * se.out_channels, dtype=table_dtype, device=weight.device)
-    launch(kernels_of('folding_kernels').fold_layer_kernel, (plan.programs,),
-           weight, *(t.contiguous() for t in (first.weight, attn.weight, conv.weight)),
-           *(t for norm in norms for t in _tensors(norm)), out, table, **plan.constants,
-           KEY=norms[0].eps, FIRST=norms[1].eps, VALUE=norms[2].eps, NORM=norms[3].eps, SE=norms[4].eps,
-           BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, BLOCK_A=power_of_2(se.out_channels), ACC=acc)
+    _fold(weight, *[t.contiguous() for t in (first.weight, attn.weight, conv.weight)],
+          *[t for norm in norms for t in _tensors(norm)], out, table, kernel='fold_layer_kernel',
+          programs=plan.programs, dtype=dtype, KEY=norms[0].eps, FIRST=norms[1].eps, VALUE=norms[2].eps,
+          NORM=norms[3].eps, SE=norms[4].eps, BLOCK_A=power_of_2(se.out_channels), **plan.constants)
     key, query, of_key, attn, value, key_bias, value_bias, bias = (out.as_strided(*part) for part in plan.parts)
     return LayerFilters(
         key, key_bias, made_groups, query, of_key, bias, attn, value, value_bias, table[:C],
@@ -115,9 +115,9 @@ def order_filters(layer: nn.Module) -> Tensor:
     _, attn, norm = layer._modules['embed']._modules.values()
     weight, rows = attn.weight, attn.out_channels
     out = torch.empty(rows, attn.in_channels, dtype=weight.dtype, device=weight.device)
-    launch(kernels_of('folding_kernels').order_filters_kernel, (_tiles(rows),), weight.contiguous(), out, HIDDEN=attn.in_channels,
-           GROUPS=layer.groups, GS=norm.num_groups // layer.groups, TAPS=layer.kernel_size ** 2,
-           BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, ACC=accumulator(weight.dtype)[1])
+    _fold(weight.contiguous(), out, kernel='order_filters_kernel', programs=_tiles(rows), dtype=weight.dtype,
+          HIDDEN=attn.in_channels, GROUPS=layer.groups, GS=norm.num_groups // layer.groups,
+          TAPS=layer.kernel_size ** 2)
     return out
 
 
@@ -140,14 +140,23 @@ def fold_block(
     """The filters of 1x1 convolutions without groups and bias, with the norms behind them in evaluation."""
     plan = _plan_of_block(
         conv1.in_channels, conv1.out_channels, conv3.in_channels, conv3.out_channels, shortcut is not None)
-    conv, norm = shortcut or (conv3, norm3)
+    of_shortcut, eps = (None,) * 5, 0.
+    if shortcut is not None:
+        conv, norm = shortcut
+        of_shortcut, eps = (conv.weight.contiguous(), *_tensors(norm)), norm.eps
     out = torch.empty(plan.size, dtype=dtype, device=conv1.weight.device)
-    launch(kernels_of('folding_kernels').fold_block_kernel, (plan.programs,),
-           conv1.weight.contiguous(), *_tensors(norm1), conv3.weight.contiguous(), *_tensors(norm3),
-           conv.weight.contiguous(), *_tensors(norm), out, **plan.constants, EPS1=norm1.eps, EPS3=norm3.eps,
-           EPS=norm.eps, BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, ACC=accumulator(dtype)[1])
+    _fold(conv1.weight.contiguous(), *_tensors(norm1), conv3.weight.contiguous(), *_tensors(norm3), *of_shortcut, out,
+          kernel='fold_block_kernel', programs=plan.programs, dtype=dtype, EPS1=norm1.eps, EPS3=norm3.eps, EPS=eps,
+          **plan.constants)
     first, last, *of_shortcut, bias1, bias3 = (out.as_strided(*part) for part in plan.parts)
     return BlockFilters(first, bias1, last, bias3, of_shortcut[0] if of_shortcut else None)
+
+
+@repeated()
+def _fold(*tensors: Optional[Tensor], kernel: str, programs: int, dtype: torch.dtype, **constants: Any) -> None:
+    tensors = [tensors[0] if t is None else t for t in tensors]  # which is not read
+    launch(getattr(kernels_of('folding_kernels'), kernel), (programs,), *tensors, **constants,
+           BLOCK_O=_BLOCK_O, BLOCK_J=_BLOCK_J, ACC=accumulator(dtype)[1])
 
 
 def _tensors(norm: nn.BatchNorm2d) -> Tuple[Tensor, ...]:

@@ -9,11 +9,12 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(B, C, H, W), channels-last, as a matrix of pixels: (B * H * W, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """(B, C, H, W), dense in channels-last, as a matrix of pixels without a gradient: (B * H * W, C)."""
+    B, C, H, W = x.shape
+    return x.as_strided((B * H * W, C), (C, 1))
 
 
 def image_of(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `rows_of` for an image of the same size."""
-    B, _, H, W = like.shape
-    return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
+    """The inverse of `rows_of` for an image of the same size and any channels."""
+    (B, _, H, W), C = like.shape, rows.shape[1]
+    return rows.as_strided((B, C, H, W), (H * W * C, 1, W * C, C))

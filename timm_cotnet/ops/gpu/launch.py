@@ -1,119 +1,242 @@
-"""How programs of the Triton kernels share tensors, chosen by shape without timing anything; and their launch."""
+"""Launches of Triton kernels: what a function launches is recorded once, and from then on launched without running it.
+
+A launch by Triton takes fifty microseconds of the host, which is more than most kernels take of a GPU, and what
+surrounds it in Python as much again. `cuLaunchKernel` of the CUDA driver takes a few.
+"""
 import ctypes
 import functools
-import importlib
-import math
 import struct
 import threading
-import types
 from functools import reduce
 from operator import or_
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
-PROGRAMS = 1056  # eight for each of an H100's multiprocessors
-THREADS = 128
-VECTOR = 16  # bytes that a thread loads at once
+from .walks import VECTOR
 
-
-class Repeat(NamedTuple):
-    """What launches again what a kernel was compiled to; by Triton if `start` is None."""
-    compiled: Any  # has the function, which goes with it
-    tail: tuple  # constants, which Triton takes behind the arguments
-    start: Optional[Callable[..., int]] = None  # `cuLaunchKernel` of the CUDA driver
-    pack_into: Optional[Callable[..., None]] = None
-    function: int = 0
-    threads: int = 0
-    shared: int = 0
-    stream_of: Optional[Callable[[int], int]] = None
-    hooks: Any = None  # holds what wants to know of each launch, as profilers do
-
-
-_kernels: Dict[int, Tuple[Any, int, Dict[tuple, Repeat]]] = {}
+_of_thread = threading.local()  # what is recorded there; a backward runs in another thread
 
 
 def launch(kernel, grid: Tuple[int], *args, **constants) -> None:
-    """`kernel[grid](*args, **constants)`; from the second time on in a small part of the host's time.
+    """`kernel[grid](*args, **constants)`, which `repeated` can launch again.
 
     Args:
         kernel: A function of `triton.jit`, whose integers are all among its `do_not_specialize`.
         grid: Number of programs.
-        *args: Tensors, as many each time, then integers.
+        *args: Tensors, then integers.
         **constants: Its `constexpr` arguments, and options.
     """
-    known = _kernels.get(id(kernel))  # whose hash takes longer than all the rest
-    if known is None:
-        known = _kernels[id(kernel)] = kernel, sum(isinstance(a, Tensor) for a in args), {}
-    _, count, repeats = known
-    tensors = args[:count]
-    pointers = [t.data_ptr() for t in tensors]
-    if reduce(or_, pointers) % VECTOR:  # these need kernels of their own
-        kernel[grid](*args, **constants)
-        return
-    device = tensors[0].get_device()
-    key = (device, *[t.dtype for t in tensors], *constants, *constants.values())
-    repeat = repeats.get(key)
-    if repeat is None:
-        repeat = repeat_of(kernel[grid](*args, **constants), kernel, args, constants)
-        if repeat is not None:
-            repeats[key] = repeat
-        return
-    compiled, tail, start, pack_into, function, threads, shared, stream_of, hooks = repeat
-    if start is None:
-        compiled[(grid[0], 1, 1)](*args, *tail)
-        return
-    try:
-        memory, addresses = _arguments.of_thread
-    except AttributeError:
-        memory, addresses = _arguments.of_thread = _argument_slots()
-    try:
-        pack_into(memory, 0, *pointers, *args[count:])
-    except struct.error:  # an integer of 64 bits, for which there is another kernel
-        kernel[grid](*args, **constants)
-        return
-    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-    if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave) \
-            or start(function, grid[0], 1, 1, threads, 1, 1, shared, stream_of(device), addresses, None) != 0:
-        # Triton says why something fails; and makes the device's context that of a new thread
-        kernel[grid](*args, **constants)
+    compiled = kernel[grid](*args, **constants)
+    recording = getattr(_of_thread, 'recording', None)
+    if recording is not None:
+        recording.add(compiled, grid[0], args)
 
 
-def repeat_of(compiled, kernel, args: Sequence, constants: Dict[str, Any]) -> Optional[Repeat]:
-    """Of what a kernel was compiled to; None in Triton's interpreter, and with integers of 64 bits.
+def made(tensor: Tensor) -> Tensor:
+    """A new tensor, of which `repeated` has to make another one each time."""
+    recording = getattr(_of_thread, 'recording', None)
+    if recording is not None:
+        recording.made.append(tensor)
+    return tensor
+
+
+def repeated(*sized: int) -> Callable[[Callable], Callable]:
+    """Decorator of a function that does nothing but make tensors and launch kernels, so that it runs once.
+
+    At a second call of the same kind memory is taken for all that it makes, and the kernels are launched. Kinds differ
+    in the device, the dtypes of tensors, the shapes of some, and the numbers.
+
+    The function takes dense tensors (or None) by position and numbers by keyword, calls `made` for each tensor that it
+    makes, and returns some of these or of what it was given. Views of either may be launched on, but not returned.
+    Without CUDA, in Triton's interpreter and where something watches launches, it runs each time.
+
+    Args:
+        *sized: Positions of the tensors whose shapes tell those of all; the first tensor if none is given.
+    """
+    sized = sized or (0,)
+
+    def decorate(function: Callable) -> Callable:
+        known: Dict[tuple, Optional[Repeat]] = {}
+
+        @functools.wraps(function)
+        def run(*tensors: Optional[Tensor], **numbers):
+            if getattr(_of_thread, 'recording', None) is not None:  # as a part of another function
+                return function(*tensors, **numbers)
+            key = (
+                tensors[0].get_device(), *[tensors[i].shape for i in sized],
+                *[None if t is None else t.dtype for t in tensors], *numbers, *numbers.values())
+            try:
+                repeat = known[key]
+            except KeyError:
+                return _record(function, tensors, numbers, known, key)
+            results = None if repeat is None else repeat(tensors)
+            return function(*tensors, **numbers) if results is None else results[0]
+        return run
+    return decorate
+
+
+def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any], known: Dict, key: tuple) -> Any:
+    recording = _of_thread.recording = Recording(tensors)
+    try:
+        results = function(*tensors, **numbers)
+    finally:
+        _of_thread.recording = None
+    if recording.is_usual:
+        if len(known) >= _MOST:
+            known.clear()
+        known[key] = Repeat(recording, results) if recording.is_plain and recording.launches else None
+    return results
+
+
+_MOST = 4096  # kinds of a function
+
+
+class Launch(NamedTuple):
+    """A launch of a compiled kernel."""
+    compiled: Any  # has the function, which goes with it
+    function: int
+    threads: int
+    shared: int
+    grid: int
+    arguments: List[Union[int, Tuple[Tensor, int]]]  # a tensor in whose memory another one begins, and after which byte
+
+
+class Recording:
+    """What a function launches and makes.
+
+    Attributes:
+        is_usual: Whether other calls of the same kind are like this one.
+        is_plain: Whether all can be launched without Triton.
+    """
+
+    def __init__(self, tensors: Sequence[Optional[Tensor]]):
+        self.given, self.made, self.launches = [t for t in tensors if t is not None], [], []
+        # what is given twice would be taken for one tensor
+        self.is_usual, self.is_plain = len({id(t) for t in self.given}) == len(self.given), True
+        self.tensors = tensors
+
+    def add(self, compiled: Any, grid: int, args: Sequence) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if any(t.data_ptr() % VECTOR for t in tensors):
+            self.is_usual = False  # these need kernels of their own
+        numbers, places = plain_launch(compiled, args, len(tensors)), [self._place(t) for t in tensors]
+        if numbers is None or None in places:
+            self.is_plain = False
+        else:
+            self.launches.append(Launch(compiled, *numbers, grid, [*places, *args[len(tensors):]]))
+
+    def _place(self, tensor: Tensor) -> Optional[Tuple[Tensor, int]]:
+        """The tensor that this is or in which it lies; None if that cannot be told."""
+        known = [*self.given, *self.made]
+        for other in known:
+            if tensor is other:
+                return other, 0
+        offsets = [(other, tensor.data_ptr() - other.data_ptr()) for other in known]
+        found = [(other, offset) for other, offset in offsets if 0 <= offset < _span(other)]
+        return found[0] if len(found) == 1 else None
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    return tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
+
+
+def plain_launch(compiled: Any, args: Sequence, count: int) -> Optional[Tuple[int, int, int]]:
+    """Function, threads and shared memory of a kernel that needs nothing more to be launched with as many tensors.
+
+    None on other GPUs than NVIDIA's, in Triton's interpreter, and with integers of 64 bits.
 
     The driver takes the addresses of a kernel's arguments, and reads as many as it has. Behind those of its source
     these may be two pointers to memory for the kernel to work in, of which none is needed.
     """
-    if not hasattr(compiled, 'packed_metadata'):
+    if not hasattr(compiled, 'packed_metadata') or torch.version.hip is not None:
         return None
-    count, metadata = sum(isinstance(a, Tensor) for a in args), compiled.metadata
+    metadata = compiled.metadata
     types = [kind for kind in compiled.src.signature.values() if kind != 'constexpr']
-    if [kind[:1] for kind in types] != ['*'] * count + ['i'] * (len(args) - count) or set(types[count:]) - {'i32'}:
+    if [kind[:1] for kind in types] != ['*'] * count + ['i'] * (len(args) - count) or set(types[count:]) - {'i32'} \
+            or getattr(metadata, 'num_ctas', 1) != 1 \
+            or any(getattr(metadata, name, None) for name in _BEYOND_A_PLAIN_LAUNCH):
         return None
-    if torch.version.hip is None and getattr(metadata, 'num_ctas', 1) == 1 \
-            and not any(getattr(metadata, name, None) for name in _BEYOND_A_PLAIN_LAUNCH):
-        arguments = struct.Struct('=' + 'Q' * count + 'i4x' * (len(args) - count) + '16x')
-        return Repeat(
-            compiled, (), _driver().cuLaunchKernel, arguments.pack_into, compiled.function, 32 * metadata.num_warps,
-            metadata.shared, torch._C._cuda_getCurrentRawStream, _hooks())
-    if _has_old_launcher():
-        return None
-    return Repeat(compiled, tuple(constants[p.name] for p in kernel.params if p.is_constexpr))
+    return compiled.function, 32 * metadata.num_warps, metadata.shared
 
 
+_ALIGN = 256  # bytes
 _BEYOND_A_PLAIN_LAUNCH = (
     'launch_cooperative_grid', 'launch_pdl', 'global_scratch_size', 'profile_scratch_size', 'instrumentation_mode')
-_arguments = threading.local()  # of the launch that a thread is at: a backward runs in another one
-_SLOTS = 64
 
 
-def _argument_slots() -> Tuple[ctypes.Array, ctypes.Array]:
-    """Memory for the arguments of a launch, eight bytes each, and the addresses of these."""
-    memory = (ctypes.c_uint64 * _SLOTS)()
-    first = ctypes.addressof(memory)
-    return memory, (ctypes.c_void_p * _SLOTS)(*range(first, first + 8 * _SLOTS, 8))
+class Repeat:
+    """Launches what was recorded again: called with other tensors of the same kind.
+
+    All that was made and not returned is one piece of memory. Arguments lie side by side, eight bytes each, once for
+    all launches; a launch has the addresses of its own.
+    """
+
+    def __init__(self, recording: Recording, results: Any):
+        self._is_single = not isinstance(results, tuple)
+        results = (results,) if self._is_single else results
+        kept = [t for t in recording.made if any(t is result for result in results)]
+        self._kept = [(tuple(t.shape), t.stride(), t.dtype) for t in kept]
+        bases = [*recording.tensors, *kept]
+        self._results = [None if t is None else next(i for i, base in enumerate(bases) if base is t) for t in results]
+        # where tensors begin: after a byte of one of the bases, behind which comes working memory
+        begins, self._working = {id(t): (i, 0) for i, t in enumerate(bases)}, 0
+        for tensor in recording.made:
+            if id(tensor) not in begins:
+                begins[id(tensor)] = len(bases), self._working
+                self._working += -(-_span(tensor) // _ALIGN) * _ALIGN
+        self._launches = [launch._replace(arguments=[
+            a if isinstance(a, int) else (begins[id(a[0])][0], begins[id(a[0])][1] + a[1]) for a in launch.arguments])
+            for launch in recording.launches]
+        arguments = {a for launch in self._launches for a in launch.arguments}
+        self._pointers = [a for a in arguments if isinstance(a, tuple)]
+        self._numbers = [a for a in arguments if isinstance(a, int)]
+        self._pack_into = struct.Struct('=' + 'Q' * len(self._pointers)).pack_into
+        self._device, self._start, self._hooks = bases[0].get_device(), _driver().cuLaunchKernel, _hooks()
+        self._of_thread = threading.local()
+
+    def __call__(self, tensors: Sequence[Optional[Tensor]]) -> Optional[Tuple]:
+        """What the function would return, in a tuple; None: it has to run."""
+        hooks = self._hooks
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):  # as profilers do
+            return None
+        first = tensors[0]
+        bases = [*tensors, *[first.new_empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self._kept]]
+        begins = [0 if t is None else t.data_ptr() for t in bases]
+        if self._working:
+            working = first.new_empty(self._working, dtype=torch.uint8)  # has to outlive the launches, no more
+            begins.append(working.data_ptr())
+        if reduce(or_, begins) % VECTOR:
+            return None
+        try:
+            memory, launches = self._of_thread.prepared
+        except AttributeError:
+            memory, launches = self._of_thread.prepared = self._prepare()
+        self._pack_into(memory, 0, *[begins[i] + offset for i, offset in self._pointers])
+        stream, start = torch._C._cuda_getCurrentRawStream(self._device), self._start
+        for i, (function, grid, threads, shared, addresses) in enumerate(launches):
+            code = start(function, grid, 1, 1, threads, 1, 1, shared, stream, addresses, None)
+            if code:
+                if i == 0:  # Triton says why something fails; and makes the device's context that of a new thread
+                    return None
+                raise RuntimeError(f'the CUDA driver could not launch a kernel: cuLaunchKernel gave error {code}')
+        results = tuple([None if i is None else bases[i] for i in self._results])
+        return results if self._is_single else (results,)
+
+    def _prepare(self) -> Tuple[ctypes.Array, List[tuple]]:
+        """Memory for the arguments, and what the driver is given for each launch."""
+        slots = {a: i for i, a in enumerate([*self._pointers, *self._numbers])}
+        memory = (ctypes.c_uint64 * (len(slots) + 1))()  # the last one is zero
+        memory[len(self._pointers):len(slots)] = [number % 2 ** 64 for number in self._numbers]
+        first, launches = ctypes.addressof(memory), []
+        for launch in self._launches:
+            own = [*(slots[a] for a in launch.arguments), len(slots), len(slots)]
+            addresses = (ctypes.c_void_p * len(own))(*[first + 8 * slot for slot in own])
+            launches.append((launch.function, launch.grid, launch.threads, launch.shared, addresses))
+        return memory, launches
 
 
 @functools.lru_cache(maxsize=None)
@@ -130,113 +253,3 @@ def _hooks() -> Any:
 
     knobs = getattr(triton, 'knobs', None)  # of Triton 3.4 and later
     return triton.compiler.CompiledKernel if knobs is None else knobs.runtime
-
-
-@functools.lru_cache(maxsize=None)
-def _has_old_launcher() -> bool:
-    import triton
-
-    return tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3)
-
-
-class Walk(NamedTuple):
-    """How programs share rows of channels: runs of LENGTH pixels, RUNS for each image, in tiles of BLOCK_C channels."""
-    grid: Tuple[int]
-    sizes: Tuple[int, int, int]  # pixels of an image, LENGTH, RUNS
-    blocks: Dict[str, int]
-    rows: Tuple[int, int, int, int] = ()  # sizes, and channels divided by ALIGN
-
-    @property
-    def runs(self) -> int:
-        return self.sizes[2]
-
-
-def power_of_2(size: int) -> int:
-    """The smallest power of two that is not below size."""
-    return 1 << (size - 1).bit_length()
-
-
-def _walk(images: int, pixels: int, tiles: int, block_p: int, programs: int = PROGRAMS, **blocks: int) -> Walk:
-    """As many programs as keep a GPU busy, if there is work for them, and no more: each leaves sums of its own."""
-    blocks_p = -(-pixels // block_p)
-    steps = max(1, min(blocks_p, images * blocks_p * tiles // programs))
-    runs = -(-blocks_p // steps)
-    return Walk((images * runs * tiles,), (pixels, steps * block_p, runs), dict(blocks, BLOCK_P=block_p))
-
-
-@functools.lru_cache(maxsize=4096)
-def over_rows(
-        images: int, pixels: int, channels: int, itemsize: int, loads: int = 4, sums: bool = True) -> Walk:
-    """For kernels over rows of channels, of which each thread loads `loads` vectors at a time.
-
-    Where programs leave sums behind they are fewer, and of few pixels each is one warp, as several would take longer to
-    add up theirs than to make them.
-    """
-    widest = 128 // itemsize
-    tiles = [t for t in (16, 32, 64, 128) if min(32, widest) <= t <= widest]
-    tile = min(tiles, key=lambda t: (-(-channels // t) * t, -t))  # of which few channels are left over
-    warps = 1 if sums and pixels <= 256 else THREADS // 32
-    vectors = 32 * warps * VECTOR // itemsize  # elements of one vector for each thread
-    block_p = min(loads * vectors // tile, power_of_2(pixels))
-    align = math.gcd(channels, 16)
-    walk = _walk(
-        images, pixels, -(-channels // tile), block_p, PROGRAMS * (4 // warps if sums else 4),
-        BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors), ALIGN=align, num_warps=warps)
-    return walk._replace(rows=(*walk.sizes, channels // align))
-
-
-@functools.lru_cache(maxsize=4096)
-def over_halves(images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int) -> Walk:
-    """For the local convolution, whose threads have a filter for two channels: `contexts_kernels.place_halves`."""
-    filters, channels = filters // groups, channels // groups
-    half = -(-channels // filters // 2) * filters
-    tile = min(power_of_2(half), 128 // itemsize)
-    vectors = THREADS * VECTOR // itemsize
-    block_p = max(1, min(vectors // tile, power_of_2(pixels)))
-    return _walk(
-        images, pixels, groups * -(-half // tile), block_p, 2 * PROGRAMS,
-        HALF=half, BLOCK_C=tile, FOLD=max(1, block_p * tile // vectors))
-
-
-def more_threads(itemsize: int) -> Dict[str, int]:
-    """Options of a kernel that waits for memory more than it computes: fewer registers for each of more threads.
-
-    ROCm has no such option, and of 64 bits it would be too few.
-    """
-    return {} if torch.version.hip or itemsize == 8 else dict(maxnreg=128)
-
-
-@functools.lru_cache(maxsize=4096)
-def over_filters(images: int, pixels: int, channels: int, filters: int, groups: int, itemsize: int) -> Walk:
-    """For the gradient of filters, whose programs have all channels of BLOCK_G filters."""
-    block_g = min(power_of_2(filters // groups), 64)
-    block_m = max(1, power_of_2(channels // filters) // 2)
-    block_p = max(1, min(2 * 32 * VECTOR // itemsize // (block_g * block_m), power_of_2(pixels)))
-    tiles = groups * -(-(filters // groups) // block_g)
-    # one warp, as several would have to wait for each other at every tap
-    return _walk(images, pixels, tiles, block_p, 4 * PROGRAMS, BLOCK_G=block_g, BLOCK_M=block_m, num_warps=1)
-
-
-@functools.lru_cache(maxsize=None)
-def kernels_of(name: str) -> types.ModuleType:
-    """A module of kernels, which imports Triton; looked up once, as import statements take time each time."""
-    return importlib.import_module(f'.{name}', __package__)
-
-
-@functools.lru_cache(maxsize=None)
-def accumulator(dtype: torch.dtype):
-    """The dtype in which kernels compute for tensors of dtype, for PyTorch and for Triton."""
-    import triton.language as tl
-
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
-def all_rows(x: Tensor, loads: int = 2, sums: bool = True) -> Walk:
-    """A walk over x, (B, C, H, W), all of whose images are one."""
-    return over_rows(1, x.numel() // x.shape[1], x.shape[1], x.element_size(), loads, sums)
-
-
-def image_rows(x: Tensor, loads: int = 2, sums: bool = True) -> Walk:
-    """A walk over x, (B, C, H, W), image by image."""
-    B, C, H, W = x.shape
-    return over_rows(B, H * W, C, x.element_size(), loads, sums)

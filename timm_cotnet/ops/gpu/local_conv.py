@@ -12,7 +12,7 @@ from typing import Callable, Optional, Tuple
 import torch
 from torch.autograd import forward_ad
 
-from .launch import power_of_2
+from .walks import power_of_2
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

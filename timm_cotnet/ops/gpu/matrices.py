@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..cot_layer import Parameters, Settings
-from .launch import accumulator, kernels_of, launch
+from .launch import launch, repeated
+from .walks import accumulator, kernels_of
 
 _FEW = 16  # channels of a group, up to which cuDNN takes longer than for a convolution without groups
 _BLOCK = 1024  # elements of a program
@@ -46,14 +47,18 @@ def like_matrices(p: Parameters, s: Settings) -> Matrices:
 
 def to_matrices(p: Parameters, s: Settings) -> Matrices:
     """The matrices of a layer's filters."""
-    kernels = kernels_of('matrices_kernels')
     made = like_matrices(p, s)
     key, steps = _key(p.key)
-    filters = (key, *(t.contiguous() for t in (p.first, p.attn, p.value)))
-    sizes, programs = _sizes(p, s, steps, [True] * 4)
-    launch(kernels.to_matrices_kernel, (programs,), *filters, *made, *sizes,
-           BLOCK=_BLOCK, ACC=accumulator(s.dtype)[1])
+    filters = (key, *[t.contiguous() for t in (p.first, p.attn, p.value)])
+    sizes, programs = _sizes(p, s, steps, (True,) * 4)
+    _to_matrices(*filters, *made, sizes=sizes, programs=programs)
     return made
+
+
+@repeated()
+def _to_matrices(*tensors: Tensor, sizes: Tuple[int, ...], programs: int) -> None:
+    launch(kernels_of('matrices_kernels').to_matrices_kernel, (programs,), *tensors, *sizes,
+           BLOCK=_BLOCK, ACC=accumulator(tensors[-1].dtype)[1])
 
 
 def from_matrices(
@@ -61,29 +66,36 @@ def from_matrices(
         image_sums: Tensor,
         p: Parameters,
         s: Settings,
-) -> Tuple[Tuple[Optional[Tensor], ...], Tensor]:
+) -> Tuple[Tuple[Optional[Tensor], ...], Sequence[Tensor]]:
     """Gradients of a layer's filters, which lie like these, in their order; and sums over images.
 
     Args:
         grads: As `Matrices`; None: not needed.
-        image_sums: (B, 3, N), summed up to (3, N).
+        image_sums: (B, 3, N), summed up to three of (N).
         p: Parameters.
         s: Numbers.
     """
-    kernels = kernels_of('matrices_kernels')
-    B, _, N = image_sums.shape
-    needed = [grads[i] is not None for i in (0, 1, 3, 4)]
+    N = image_sums.shape[2]
+    needed = tuple([grads[i] is not None for i in (0, 1, 3, 4)])
     filters = [torch.empty_like(t) if need else None for need, t in zip(needed, (p.key, p.first, p.attn, p.value))]
     # where memory of filters is like no format, their gradients are made in one
     own, steps = (None, (0, 0)) if filters[0] is None else _key(filters[0])
-    made = [own, *(None if t is None else t.contiguous() for t in filters[1:])]
+    made = [own, *[None if t is None else t.contiguous() for t in filters[1:]]]
     sums = image_sums.new_empty(3, N)
     sizes, programs = _sizes(p, s, steps, needed)
-    launch(kernels.from_matrices_kernel, (programs + -(-3 * N // 16),),
-           *(sums if t is None else t for t in made), image_sums, sums, *(sums if t is None else t for t in grads),
-           B, *sizes, BLOCK=_BLOCK, BLOCK_R=64, BLOCK_C=16, ACC=accumulator(s.dtype)[1])
+    _from_matrices(image_sums, sums, *made, *grads, sizes=sizes, programs=programs)
     found = (None if t is None else t if t is other else t.copy_(other) for t, other in zip(filters, made))
-    return tuple(found), sums
+    return tuple(found), sums.unbind()
+
+
+@repeated()
+def _from_matrices(
+        image_sums: Tensor, sums: Tensor, *tensors: Optional[Tensor], sizes: Tuple[int, ...], programs: int) -> None:
+    tensors = [sums if t is None else t for t in tensors]
+    B, _, N = image_sums.shape
+    launch(kernels_of('matrices_kernels').from_matrices_kernel, (programs + -(-3 * N // 16),),
+           *tensors[:4], image_sums, sums, *tensors[4:], B, *sizes, BLOCK=_BLOCK, BLOCK_R=64, BLOCK_C=16,
+           ACC=accumulator(image_sums.dtype)[1])
 
 
 def _key(weight: Tensor) -> Tuple[Tensor, Tuple[int, int]]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
 from ..watch import untraced, wants_plain
-from .launch import Walk, accumulator, all_rows, kernels_of, launch
+from .launch import launch, made, repeated
+from .walks import Walk, accumulator, all_rows, kernels_of
 
 
 def norm_act(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
@@ -26,81 +27,97 @@ def alike(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tenso
 
 def norm_act_eval(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
     """`norm_act` with the running statistics and without a gradient."""
-    rows = kernels_of('rows')
-    x, residual = alike(x, residual)
-    out, walk = torch.empty_like(x), all_rows(x, sums=False)
-    launch(rows.norm_act_kernel, walk.grid,
-           x, x if residual is None else residual, running_table(norm, x.dtype), out, *walk.rows,
-           RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
-    return out
+    return _norm_act_eval(
+        *alike(x, residual), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps, relu=relu)
 
 
-def running_table(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
-    """What a batch norm in evaluation does to each channel of an x of dtype: (2, C), scale and shift."""
-    rows = kernels_of('rows')
-    mean, C, (table_dtype, acc) = norm.running_mean, norm.num_features, accumulator(dtype)
-    table = torch.empty(2, C, dtype=table_dtype, device=mean.device)
-    launch(rows.running_norm_kernel, (-(-C // 128),), mean, norm.running_var, norm.weight, norm.bias, table,
-           C=C, EPS=norm.eps, BLOCK_C=128, ACC=acc)
-    return table
-
-
-def norm_forward(
+@repeated()
+def _norm_act_eval(
         x: Tensor,
+        residual: Optional[Tensor],
+        mean: Tensor,
+        var: Tensor,
         weight: Tensor,
         bias: Tensor,
-        averages: Averages,
+        *,
+        eps: float,
+        relu: bool,
+) -> Tensor:
+    rows, C, (dtype, acc) = kernels_of('rows'), x.shape[1], accumulator(x.dtype)
+    table = made(torch.empty(2, C, dtype=dtype, device=x.device))
+    launch(rows.running_norm_kernel, (-(-C // 128),), mean, var, weight, bias, table, C=C, EPS=eps, BLOCK_C=128,
+           ACC=acc)
+    return norm_again(x, residual, table, relu=relu)
+
+
+@repeated()
+def norm_forward(
+        x: Tensor,
+        residual: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        tracked: Tensor,
+        *,
+        momentum: float,
         eps: float,
         relu: bool = True,
-        residual: Optional[Tensor] = None,
+        shape: Optional[Tuple[int, ...]] = None,
 ) -> Tuple[Tensor, Tensor]:
-    """`norm_act` of dense tensors, and what its backward needs: (4, C)."""
-    table = batch_norm_table(x, weight, bias, averages, eps)
-    return norm_again(x, table, relu, residual), table
+    """`norm_act` of dense tensors, and what its backward needs, (4, C); mean to momentum are `Averages`, see there."""
+    table = batch_norm_table(x, weight, bias, Averages(mean, var, tracked, momentum), eps)
+    return norm_again(x, residual, table, relu=relu, shape=shape), table
 
 
+@repeated()
 def norm_again(
         x: Tensor,
+        residual: Optional[Tensor],
         table: Tensor,
+        *,
         relu: bool = True,
-        residual: Optional[Tensor] = None,
-        out: Optional[Tensor] = None,
+        shape: Optional[Tuple[int, ...]] = None,
 ) -> Tensor:
     """The first result of `norm_forward` from its second: cheaper to compute twice than to keep for a backward.
 
-    It is written to out if that is given, an image where x may be its rows.
+    Of rows of channels, it is rows, or an image of this shape.
     """
-    rows = kernels_of('rows')
-    out, walk = torch.empty_like(x) if out is None else out, all_rows(x, sums=False)
+    rows, walk = kernels_of('rows'), all_rows(x, sums=False)
+    out = made(torch.empty_like(x) if shape is None else torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
     launch(rows.norm_act_kernel, walk.grid, x, x if residual is None else residual, table, out, *walk.rows,
            RESIDUAL=residual is not None, RELU=relu, **walk.blocks, ACC=accumulator(x.dtype)[1])
     return out
 
 
+@repeated(1)
 def norm_backward(
         grad: Tensor,
         x: Tensor,
         out: Optional[Tensor],
         weight: Tensor,
         table: Tensor,
+        *,
         with_residual: bool = False,
-) -> Tuple[Tensor, Tensor, Tuple[Tensor, Tensor]]:
-    """Gradients of x, of the residual (grad unless they differ), and of weight and bias; all dense.
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the residual (grad unless they differ), and of weight and bias, the last two of (5, C).
 
-    out is what ReLU put out; None: there is none.
+    out is what ReLU put out; None: there is none. All are dense.
     """
     rows = kernels_of('rows')
     C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x, 4)
     out = out if relu else x
-    sums = x.new_empty(walk.runs, 2, C, dtype=dtype)
+    sums = made(x.new_empty(walk.runs, 2, C, dtype=dtype))
     launch(rows.grad_sums_kernel, walk.grid, grad, x, out, table, sums, *walk.rows, TABLE_ROWS=0, RELU=relu,
            **walk.blocks, ACC=acc)
-    factors, grads = batch_norm_backward(sums, weight, table, walk)
-    grad_x, walk = torch.empty_like(x), all_rows(x, sums=False)
-    grad_residual = torch.empty_like(grad) if with_residual and relu else grad
+    factors = made(table.new_empty(5, C))
+    batch_norm_backward(sums, weight, table, factors, walk)
+    grad_x, walk = made(torch.empty_like(x)), all_rows(x, sums=False)
+    grad_residual = made(torch.empty_like(grad)) if with_residual and relu else grad
     launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.rows,
            FACTOR_ROWS=0, RELU=relu, RESIDUAL=with_residual and relu, **walk.blocks, ACC=acc)
-    return grad_x, grad_residual, grads
+    return grad_x, grad_residual, factors
 
 
 class NormAct(torch.autograd.Function):
@@ -108,7 +125,8 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, averages, eps, relu):
-        out, table = norm_forward(x, weight, bias, averages, eps, relu, residual)
+        out, table = norm_forward(
+            x, residual, weight, bias, *averages[:3], momentum=averages.momentum, eps=eps, relu=relu)
         ctx.eps, ctx.relu = eps, relu
         ctx.save_for_backward(x, weight, bias, table, out if relu else None)
         return out
@@ -121,18 +139,22 @@ class NormAct(torch.autograd.Function):
         grad, x = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
         out = None if out is None else out.contiguous(memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
-            grad_x, grad_residual, grads = untraced(norm_backward)(grad, x, out, weight, table, ctx.needs_input_grad[1])
-        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(grads, (weight, bias)))
+            grad_x, grad_residual, factors = untraced(norm_backward)(
+                grad, x, out, weight, table, with_residual=ctx.needs_input_grad[1])
+        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(factors.unbind()[3:], (weight, bias)))
         return grad_x, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None, None
 
 
-def batch_norm_table(x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float) -> Tensor:
-    """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C)."""
+def batch_norm_table(
+        x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float, table: Optional[Tensor] = None) -> Tensor:
+    """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C), a new one unless it is given."""
     rows = kernels_of('rows')
     C, walk, (dtype, acc) = x.shape[1], all_rows(x), accumulator(x.dtype)
-    moments = x.new_empty(walk.runs, 2, C, dtype=dtype)
+    moments = made(x.new_empty(walk.runs, 2, C, dtype=dtype))
     launch(rows.moments_kernel, walk.grid, x, moments, *walk.rows, **walk.blocks, ACC=acc)
-    return table_of_moments(moments, 1, weight, bias, averages, eps, walk)
+    table = made(moments.new_empty(4, C)) if table is None else table
+    table_of_moments(moments, 1, weight, bias, averages, eps, walk, table)
+    return table
 
 
 def table_of_moments(
@@ -143,32 +165,30 @@ def table_of_moments(
         averages: Averages,
         eps: float,
         walk: Walk,
-) -> Tensor:
-    """What a batch norm does to each channel, of the moments that a walk over some images gives: (4, C)."""
+        table: Tensor,
+) -> None:
+    """Fill the table of a batch norm, (4, C), from the moments that a walk over some images gives."""
     rows = kernels_of('rows')
     C, (_, acc) = moments.shape[-1], accumulator(moments.dtype)
-    table = moments.new_empty(4, C)
     launch(rows.batch_norm_kernel, (-(-C // 8),),
            moments, weight, bias, averages.mean, averages.var, averages.tracked, table, images, *walk.sizes, C,
            EPS=eps, MOMENTUM=averages.momentum, BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    return table
 
 
 def batch_norm_backward(
         sums: Tensor,
         weight: Tensor,
         table: Tensor,
+        factors: Tensor,
         walk: Walk,
         images: int = 1,
-) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
-    """What makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
+) -> None:
+    """Fill in what makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
     rows = kernels_of('rows')
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
-    factors = table.new_empty(5, C)
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),
            sums, weight, table, factors, images, walk.sizes[0], images * walk.runs, C,
            BLOCK_R=256, BLOCK_C=8, ACC=acc)
-    return factors, (factors.as_strided((C,), (1,), 3 * C), factors.as_strided((C,), (1,), 4 * C))
 
 
 def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tensor, weight: Tensor, bias: Tensor):

@@ -1,5 +1,5 @@
 """What stands in for CoT layers and bottlenecks on a GPU, where `ops/dispatch.py` found nothing against it."""
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from .. import conditions, onednn
 from ..contexts import ContextsSettings
 from ..parts import has_bias, is_plain, why_not_conv
 from ..watch import TENSORS, are_watched
-from .contexts import Mixing, compiled_contexts, infer_contexts, infer_filter_table, tap_by_tap
+from .contexts import Mixing, compiled_contexts, dense_arguments, infer_contexts, tap_by_tap
 from .conv_norm import conv_norm_act
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
@@ -24,10 +24,15 @@ __all__ = [
 
 def train_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     """A `CotBottleneck` or `SplitAttnBottleneck` in training, channels-last: norms with what follows them in a pass."""
-    parts = block._modules
-    out = _conv_norm(x, parts['conv1'], parts['bn1'])
+    parts, shortcut = block._modules, None
+    conv1, norm1 = parts['conv1'], parts['bn1']
+    dtype = _dtype_of_product(x, conv1, norm1) if block.downsample is None and x.requires_grad else None
+    if dtype is None:
+        out = _conv_norm(x, conv1, norm1)
+    else:
+        out, shortcut = conv_norm_act(x if x.dtype == dtype else x.to(dtype), conv1, norm1, with_shortcut=True)
     out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
-    return _conv_norm(out, parts['conv3'], parts['bn3'], residual=_shortcut(block, x))
+    return _conv_norm(out, parts['conv3'], parts['bn3'], residual=_shortcut(block, x), shortcut=shortcut)
 
 
 def _conv_norm(
@@ -36,27 +41,50 @@ def _conv_norm(
         norm: nn.BatchNorm2d,
         relu: bool = True,
         residual: Optional[Tensor] = None,
+        shortcut: Optional[Tensor] = None,
 ) -> Tensor:
-    """`relu(norm(conv(x)) + residual)` of modules that are known, as a product of matrices if it can be one."""
-    if norm.training and type(x) in TENSORS and x.ndim == 4 and _folds(conv, norm):
-        filters, (B, C, H, W), outputs = conv._parameters['weight'], x.shape, norm.num_features
-        is_cast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
-        known = (dtype, torch.float32) if is_cast else (dtype,)
-        if dtype != torch.float32 and x.dtype in known and filters.dtype in known \
-                and x.device == filters.device == norm._parameters['weight'].device \
-                and C == conv.in_channels and 1 < B * H * W < 2 ** 31 // max(C, outputs) \
-                and (residual is None or type(residual) in TENSORS and residual.shape == (B, outputs, H, W)):
-            return conv_norm_act(x if x.dtype == dtype else x.to(dtype), conv, norm, relu, residual)
-    return _norm(conv(x), norm, relu, residual)
+    """`relu(norm(conv(x)) + residual)` of modules that are known, as a product of matrices if it can be one.
+
+    Kernels make a new tensor for the residual's gradient, so these read the shortcut instead, where that is given.
+    """
+    dtype = _dtype_of_product(x, conv, norm, residual)
+    if dtype is None:
+        return _norm(conv(x), norm, relu, residual, shortcut)
+    return conv_norm_act(x if x.dtype == dtype else x.to(dtype), conv, norm, relu,
+                         residual if shortcut is None else shortcut)
 
 
-def _norm(x: Tensor, norm: nn.BatchNorm2d, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
-    """`relu(norm(x) + residual)`, by a kernel if it can take what came from modules, which may be any."""
+def _dtype_of_product(
+        x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, residual: Optional[Tensor] = None) -> Optional[torch.dtype]:
+    """In which a convolution with its norm in training is a product of matrices; None: it is none."""
+    if not norm.training or type(x) not in TENSORS or x.ndim != 4 or not _folds(conv, norm):
+        return None
+    filters, (B, C, H, W), outputs = conv._parameters['weight'], x.shape, norm.num_features
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+    known = (dtype, torch.float32) if is_cast else (dtype,)
+    is_one = dtype != torch.float32 and x.dtype in known and filters.dtype in known \
+        and x.device == filters.device == norm._parameters['weight'].device \
+        and C == conv.in_channels and 1 < B * H * W < 2 ** 31 // max(C, outputs) \
+        and (residual is None or type(residual) in TENSORS and residual.shape == (B, outputs, H, W))
+    return dtype if is_one else None
+
+
+def _norm(
+        x: Tensor,
+        norm: nn.BatchNorm2d,
+        relu: bool = True,
+        residual: Optional[Tensor] = None,
+        shortcut: Optional[Tensor] = None,
+) -> Tensor:
+    """`relu(norm(x) + residual)`, by a kernel if it can take what came from modules, which may be any.
+
+    That reads the shortcut instead of the residual, see `_conv_norm`.
+    """
     if type(x) in TENSORS and x.device == norm.weight.device and x.ndim == 4 \
             and x.shape[1] == norm.num_features < x.numel() < 2 ** 31 \
             and (residual is None or type(residual) in TENSORS and residual.shape == x.shape):
-        return (norm_act if norm.training else norm_act_eval)(x, norm, relu, residual)
+        return (norm_act if norm.training else norm_act_eval)(x, norm, relu, residual if shortcut is None else shortcut)
     out = norm(x)
     if residual is not None:
         out += residual  # in place, as in the block: it may have fewer values, not more
@@ -150,14 +178,12 @@ def _table_in_graph(norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
     return torch.stack([scale, norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale])
 
 
-def _contexts(
-        value: Tensor, logits: Tensor, static: Tensor, filter_parameters: Sequence[Tensor], *args) -> Tensor:
+def _contexts(value: Tensor, logits: Tensor, static: Tensor, *args) -> Tensor:
     """Output of a layer from the results of its convolutions, whether eagerly or as an operator of a graph."""
     if torch.compiler.is_compiling():
-        return compiled_contexts(value, logits, static, filter_parameters, *args)
-    value, logits, static = map(channels_last, (value, logits, static))
-    filters = infer_filter_table(logits, *filter_parameters, args[-1])
-    return infer_contexts(value, logits, static, filters, *args)
+        return compiled_contexts(value, logits, static, *args)
+    *args, s = args
+    return infer_contexts(*map(channels_last, (value, logits, static)), *dense_arguments(*args), s=s)
 
 
 def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
