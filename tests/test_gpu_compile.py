@@ -43,6 +43,7 @@ WIDE = {
     'moments_kernel', 'norm_act_kernel', 'grad_sums_kernel', 'norm_backward_kernel', 'local_conv_kernel',
     'dynamic_context_kernel', 'value_grad_kernel', 'pool_kernel', 'mix_kernel', 'mix_sums_kernel',
     'mix_backward_kernel', 'avg_pool_kernel'}
+SHARED = {'product_kernel': 16 * 1024}  # two tiles of 32 x 32 in two stages; of all others a quarter
 SPILLED = {'local_conv_kernel': 8}  # bytes of a thread, by some versions of Triton; of all others none
 
 
@@ -144,8 +145,8 @@ def assert_compiles_well(variant, capability):
     what = f'{variant.name} {dict(variant.constants)}: {made[1:]}, loads {dict(made.loads)}'
     assert made.stack <= SPILLED.get(variant.name, 0) and made.local == 0, what
     assert made.registers <= 200, what
-    assert made.shared <= 4 * 1024, what
-    assert 'atom.' not in made.ptx and 'red.global' not in made.ptx and 'red.async' not in made.ptx, what
+    assert made.shared <= SHARED.get(variant.name, 4 * 1024), what
+    assert not re.search(r'\b(atom|red)\.', made.ptx), what
     if variant.name in WIDE:
         narrow = sum(count for width, count in made.loads.items() if width.endswith('16'))
         assert made.loads['v4.b32'] > 0 and narrow <= (variant.name == 'moments_kernel'), what  # a row to be around

@@ -55,7 +55,7 @@ KERNELS = {
     'filter_grad_kernel': ('grad value value_table', 'out'),
     'pool_kernel': ('out static table', 'pooled'),
     'mix_kernel': ('out static attn table!DYNAMIC', 'mixed'),
-    'product_kernel': ('x y bias:BIAS', 'out'),
+    'product_kernel': ('x y bias', 'out'),
     'attend_kernel': ('pooled weight1 bias1 table:NORMED weight2 bias2', 'attn'),
     'train_attend_kernel': (
         'run_sums weight1 bias1 weight bias running_mean running_var tracked',

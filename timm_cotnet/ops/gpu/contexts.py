@@ -320,8 +320,8 @@ def _product(
     (M, N), acc = out.shape, accumulator(out.dtype)[1]
     block = 16 if out.dtype == torch.float64 else 32
     launch(kernels_of('products_kernels').product_kernel, (-(-M // block) * -(-N // block),),
-           x, y, x if bias is None else bias, out, M, N, length, *x_steps, *y_steps,
-           BIAS=bias is not None, BLOCK=block, ACC=acc, num_warps=8)
+           x, y, x if bias is None else bias, out, M, N, length, *x_steps, *y_steps, int(bias is not None),
+           BLOCK=block, ACC=acc, num_warps=8)
 
 
 class Grads(NamedTuple):
