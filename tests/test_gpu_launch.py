@@ -1,4 +1,5 @@
 """What is launched again is what Triton launched at first: checked with a driver that only listens."""
+import contextlib
 import ctypes
 import re
 import threading
@@ -334,6 +335,45 @@ def test_few_kinds_are_remembered(driver, monkeypatch):
     for number in (1, 2, 3, 3, 4, 4, 1):
         function(numbers(), numbers(), number=number)
     assert len(kernel.by_triton) // 2 == 5 and len(driver.launches) // 2 == 2
+
+
+# Compiling
+
+
+def test_kernels_are_compiled_at_the_same_time(driver, monkeypatch):
+    """Each kind once, before one is launched; what fails then fails again when it is launched."""
+    monkeypatch.setattr(launch, '_compiles_in_threads', lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
+    monkeypatch.setattr('os.cpu_count', lambda: 3)
+    warm, both = [], threading.Barrier(3)
+
+    class Warm(Kernel):
+        def warmup(self, *args, grid, **constants):
+            assert not self.by_triton and args[0].shape == (32,)
+            warm.append((threading.current_thread(), constants))
+            both.wait(20)
+            raise ValueError
+
+    first, second = Warm(), Warm()
+
+    @repeated()
+    def function(x):
+        out = made(torch.empty_like(x))
+        for kernel, size in ((first, 8), (first, 8), (first, 16), (second, 8)):
+            launch.launch(kernel, (1,), x, out, 1, 1, C=size)
+        return out
+
+    for _ in range(2):
+        function(numbers())
+    assert sorted(constants['C'] for _, constants in warm) == [8, 8, 16]
+    assert len({thread for thread, _ in warm}) == 3 and threading.current_thread() not in dict(warm)
+    assert [len(kernel.by_triton) for kernel in (first, second)] == [3, 1] and len(driver.launches) == 4
+
+
+def test_where_kernels_are_compiled_in_threads():
+    assert not launch._compiles_in_threads(numbers())
+    on_a_gpu = SimpleNamespace(is_cuda=True)
+    assert launch._compiles_in_threads(on_a_gpu) == hasattr(triton, 'AsyncCompileMode')
 
 
 # Layers and blocks

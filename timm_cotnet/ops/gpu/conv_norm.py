@@ -13,7 +13,7 @@ from ..batch_norm import Averages, averages_of, batch_norm_act
 from ..contexts import gradient_like
 from ..watch import untraced, wants_plain
 from .images import rows_of
-from .norm import alike, norm_backward, norm_forward
+from .norm import alike, norm_backward, norm_forward, norm_grads
 
 
 def conv_norm_act(
@@ -115,7 +115,7 @@ def _gradients(
             grad_x = grad_x if grad_shortcut is None else grad_x.add_(grad_shortcut)
         if need_filters:
             grad_filters = gradient_like(grad_filters.view(filters.shape), filters)
-        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(factors.unbind()[3:], (weight, bias)))
+        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(norm_grads(factors), (weight, bias)))
     return [grad_x, grad_residual if need_residual else None, grad_filters, grad_weight, grad_bias]
 
 

@@ -16,7 +16,7 @@ from ..cot_layer import Settings, grouped
 from .contexts import like_tables, split_grads, train_backward, train_forward
 from .images import channels_last, image_of, rows_of
 from .matrices import Matrices, from_matrices, is_dense, key_groups, like_matrices, to_matrices
-from .norm import norm_again, norm_backward, norm_forward
+from .norm import norm_again, norm_backward, norm_forward, norm_grads
 
 
 class _WithoutAutocast:
@@ -95,7 +95,7 @@ def layer_backward(
             (grad_key, *of_first, grad_attn, grad_value), image_sums, p, s)
     g = split_grads(grads, x.shape[1], len(rest.se_bias1))
     grads = [
-        grad_key, *of_key_norm.unbind()[3:], grad_first, *of_first_norm.unbind()[3:], grad_attn, grad_value,
+        grad_key, *norm_grads(of_key_norm), grad_first, *norm_grads(of_first_norm), grad_attn, grad_value,
         g.value_weight, g.value_bias, conv_bias, filter_weight, filter_bias, g.weight, g.bias,
         g.se_weight1.view(rest.se_weight1.shape), g.se_bias1, g.se_norm_weight, g.se_norm_bias,
         g.se_weight2.view(rest.se_weight2.shape), g.se_bias2]

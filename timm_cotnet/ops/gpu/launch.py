@@ -5,8 +5,10 @@ surrounds it in Python as much again. `cuLaunchKernel` of the CUDA driver takes 
 """
 import ctypes
 import functools
+import os
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import or_
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -28,10 +30,11 @@ def launch(kernel, grid: Tuple[int], *args, **constants) -> None:
         *args: Tensors, then integers.
         **constants: Its `constexpr` arguments, and options.
     """
-    compiled = kernel[grid](*args, **constants)
     recording = getattr(_of_thread, 'recording', None)
-    if recording is not None:
-        recording.add(compiled, grid[0], args)
+    if recording is None:
+        kernel[grid](*args, **constants)
+    else:
+        recording.launch(kernel, grid, args, constants)
 
 
 def made(tensor: Tensor) -> Tensor:
@@ -78,8 +81,13 @@ def repeated(*sized: int) -> Callable[[Callable], Callable]:
 
 
 def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any], known: Dict, key: tuple) -> Any:
-    recording = _of_thread.recording = Recording(tensors)
     try:
+        if _compiles_in_threads(tensors[0]):
+            planned = _of_thread.recording = Planned()
+            function(*tensors, **numbers)
+            planned.compile(tensors[0].device)
+            del planned
+        recording = _of_thread.recording = Recording(tensors)
         results = function(*tensors, **numbers)
     finally:
         _of_thread.recording = None
@@ -91,6 +99,39 @@ def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any], known: 
 
 
 _MOST = 4096  # kinds of a function
+
+
+def _compiles_in_threads(tensor: Tensor) -> bool:
+    if not tensor.is_cuda:
+        return False
+    import triton
+
+    return hasattr(triton, 'AsyncCompileMode')  # which does so, too
+
+
+class Planned:
+    """What a function is going to launch; nothing is launched."""
+
+    def __init__(self):
+        self.made, self._calls = [], []
+
+    def launch(self, *call: Any) -> None:
+        self._calls.append(call)
+
+    def compile(self, device: torch.device) -> None:
+        """All kernels at the same time: each takes some tenths of a second, which would add up as they are launched."""
+        def compile_one(call: tuple) -> None:
+            kernel, grid, args, constants = call
+            with torch.cuda.device(device):
+                kernel.warmup(*args, grid=grid, **constants)
+
+        different = {
+            (id(kernel), *[a.dtype for a in args if isinstance(a, Tensor)], *constants.items()): call
+            for call in self._calls for kernel, _, args, constants in [call]}
+        if len(different) > 1:
+            with ThreadPoolExecutor(min(len(different), os.cpu_count() or 1)) as pool:
+                for compiled in [pool.submit(compile_one, call) for call in different.values()]:
+                    compiled.exception()  # a launch will raise it again
 
 
 class Launch(NamedTuple):
@@ -116,6 +157,9 @@ class Recording:
         # what is given twice would be taken for one tensor
         self.is_usual, self.is_plain = len({id(t) for t in self.given}) == len(self.given), True
         self.tensors = tensors
+
+    def launch(self, kernel: Any, grid: Tuple[int], args: Sequence, constants: Dict[str, Any]) -> None:
+        self.add(kernel[grid](*args, **constants), grid[0], args)
 
     def add(self, compiled: Any, grid: int, args: Sequence) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]

@@ -120,6 +120,12 @@ def norm_backward(
     return grad_x, grad_residual, factors
 
 
+def norm_grads(factors: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of what `norm_backward` gives last."""
+    C = factors.shape[1]
+    return factors.as_strided((C,), (1,), 3 * C), factors.as_strided((C,), (1,), 4 * C)
+
+
 class NormAct(torch.autograd.Function):
     """`apply(x, residual, weight, bias, averages, eps, relu)`, see `norm_act`; images are dense in channels-last."""
 
@@ -141,7 +147,7 @@ class NormAct(torch.autograd.Function):
         with torch.cuda.device_of(x):
             grad_x, grad_residual, factors = untraced(norm_backward)(
                 grad, x, out, weight, table, with_residual=ctx.needs_input_grad[1])
-        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(factors.unbind()[3:], (weight, bias)))
+        grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(norm_grads(factors), (weight, bias)))
         return grad_x, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None, None
 
 
