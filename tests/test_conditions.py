@@ -307,8 +307,27 @@ def test_reasons_of_folded_stems_on_a_gpu(monkeypatch):
     look = conditions.look_at_folded_stem_on_gpu
     assert look(stem, x) == {'0': stem[0], '1': stem[1]}
     assert 'has not 4 dimensions' in look(stem, x[0])  # an image alone, which convolutions take
-    assert look(stem, x.contiguous()) == 'x is not channels-last'
+    assert look(stem, x.contiguous()) == {'0': stem[0], '1': stem[1]}  # converted, and back
+    last = stem.to(memory_format=torch.channels_last)
+    assert 'not channels-last, but filters are' in look(last, x.contiguous()) and isinstance(look(last, x), dict)
+    stem = FoldedStem(nn.Conv2d(1, 16, 3), nn.ReLU())
+    assert isinstance(look(stem, torch.zeros(2, 1, 6, 7)), dict)
+    stem = FoldedStem(nn.Conv2d(3, 16, 3), nn.ReLU())
     assert look(stem.append(nn.ReLU()), x) == 'it is not one convolution with a ReLU, or three'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('folded', [False, True])
+def test_memory_formats_of_blocks_in_evaluation_on_a_gpu(folded, monkeypatch):
+    """One that is not channels-last is converted unless the filters are, from whose convolution on all is."""
+    monkeypatch.setattr(conditions, 'why_not_triton', lambda x: None)
+    monkeypatch.setattr(conditions, '_has_cudnn', lambda: True)
+    block, x = CotBottleneck(64, 16).eval(), channels_last(2, 64, 6, 7)
+    block = block.fuse() if folded else block
+    why_not = conditions.why_not_folded_bottleneck_on_gpu if folded else conditions.why_not_infer_bottleneck_on_gpu
+    assert why_not(block, x) is why_not(block, x.contiguous()) is None
+    block.to(memory_format=torch.channels_last)
+    assert why_not(block, x) is None and 'not channels-last, but filters are' in why_not(block, x.contiguous())
 
 
 @torch.no_grad()

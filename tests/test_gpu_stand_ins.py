@@ -14,12 +14,13 @@ from triton_helpers import (
     exact, gradient_for, gradients_of_gradients, kernels, outside, passed_in_the_interpreter, plain, value_and_grads)
 
 from timm_cotnet import CotBottleneck, SplitAttnBottleneck
+from timm_cotnet.deploy import FoldedStem
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.gpu import contexts
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
-    infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, padded_pool, pool,
-    train_bottleneck)
+    infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, infer_folded_stem, padded_pool,
+    pool, train_bottleneck)
 
 
 pytestmark = pytest.mark.usefixtures('exact_convolutions')
@@ -200,7 +201,10 @@ def folded_dtype(monkeypatch):
 @pytest.mark.parametrize('cls, downsample', BLOCKS, ids=BLOCK_NAMES)
 def test_infer_bottleneck(cls, downsample):
     block, x = create_block(cls, downsample)
-    assert error(infer_bottleneck(block.eval(), x), plain(*exact(block, x))) < 1e-9
+    expected = plain(*exact(block.eval(), x))
+    for x in (x, x.contiguous()):
+        out = infer_bottleneck(block, x)
+        assert error(out, expected) < 1e-9 and out.is_contiguous() == x.is_contiguous()
 
 
 @kernels
@@ -218,6 +222,26 @@ def test_infer_bottleneck_in_other_dtypes(downsample, dtype, folded_dtype):
         with torch.autocast(DEVICE, dtype):
             out = infer_bottleneck(block, x)
         assert out.dtype == dtype and error(out, expected) < TOLERANCE[dtype] / 4
+
+
+@kernels
+@torch.no_grad()
+@pytest.mark.parametrize('memory_format', FORMATS, ids=FORMAT_NAMES.get)
+def test_folded_blocks_and_stems(memory_format, folded_dtype):
+    """What they give is of the memory format of what they get."""
+    tolerance = 1e-12 if folded_dtype == torch.float64 else 1e-4
+    for downsample in (None, 'pool', 'stride'):
+        block, x = create_block(CotBottleneck, downsample)
+        expected, x = plain(*exact(block.eval(), x)), x.to(folded_dtype).contiguous(memory_format=memory_format)
+        block = block.fuse().to(folded_dtype)
+        out = infer_folded_bottleneck(block, x)
+        assert error(out, expected) < tolerance and out.is_contiguous(memory_format=memory_format)
+    for convs in (1, 3):
+        layers = [layer for i in range(convs) for layer in (nn.Conv2d(3 if i == 0 else 8, 8, 3), nn.ReLU())]
+        stem, x = FoldedStem(*layers).to(DEVICE), image(2, 3, 9, 8, memory_format).to(DEVICE)
+        expected, stem = nn.Sequential(*stem).double()(x.double()), stem.to(folded_dtype)
+        out = infer_folded_stem(stem, x.to(folded_dtype))
+        assert error(out, expected.cpu()) < tolerance and out.is_contiguous(memory_format=memory_format)
 
 
 @kernels

@@ -242,11 +242,11 @@ def why_not_infer_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str
     reason = _why_not_on_gpu(x, training=False)
     if reason is not None:
         return reason
-    m = _find_bottleneck(block, x, any_float=True)
+    m = _find_bottleneck(block, x, any_float=True, any_format=True)
     if isinstance(m, str):
         return m
     return why_not_eval_norm(m['bn1'], x, found=True) or why_not_eval_norm(m['bn3'], x, found=True) \
-        or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
+        or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1])) or _why_not_format(x, m['conv1'])
 
 
 def why_not_folded_on_gpu(layer: nn.Module, x: Tensor) -> Optional[str]:
@@ -276,10 +276,20 @@ def why_not_folded_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[st
     reason = _why_not_on_gpu(x, training=False) or _why_not_cudnn(x)
     if reason is not None:
         return reason
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return 'x is not channels-last'
     m = find(block, parts.FOLDED_BOTTLENECK, x)
-    return m if isinstance(m, str) else None
+    return m if isinstance(m, str) else _why_not_format(x, m['conv1'])
+
+
+def _why_not_format(x: Tensor, conv: nn.Conv2d) -> Optional[str]:
+    """For what converts an x that is not channels-last, and back; modules with filters in channels-last do neither."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if torch.compiler.is_compiling():
+        return 'x is not channels-last'
+    weight = conv._parameters['weight']  # of one pixel, or of one channel, it is of both formats but for its strides
+    if weight.stride(3) == weight.shape[1] != 1:
+        return 'x is not channels-last, but filters are, from which on all would be'
+    return None
 
 
 def _why_not_train_norm(norm: nn.BatchNorm2d, x: Tensor, any_float: bool = False) -> Optional[str]:
@@ -345,9 +355,8 @@ def look_at_folded_stem_on_gpu(stem: nn.Module, x: Tensor) -> Found:
     reason = _why_not_on_gpu(x, training=False) or _why_not_cudnn(x)
     if reason is not None:
         return reason
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return 'x is not channels-last'
-    return _find_folded_stem(stem, x)
+    m = _find_folded_stem(stem, x)
+    return m if isinstance(m, str) else _why_not_format(x, m['0']) or m
 
 
 def _find_folded_stem(stem: nn.Module, x: Tensor) -> Found:
@@ -424,10 +433,10 @@ def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str
         or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
 
 
-def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False) -> Found:
+def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False, any_format: bool = False) -> Found:
     if torch.compiler.is_compiling():
         return 'a compiler fuses norms with what follows them itself'
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not any_format and not x.is_contiguous(memory_format=torch.channels_last):
         return 'x is not channels-last'
     if block.se is not None or block.drop_path is not None:
         return 'the block has an attention module behind its norm, or stochastic depth'

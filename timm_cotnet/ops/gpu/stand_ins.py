@@ -1,5 +1,6 @@
 """What stands in for CoT layers and bottlenecks on a GPU, where `ops/dispatch.py` found nothing against it."""
-from typing import Optional, Tuple
+import functools
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -112,12 +113,20 @@ def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
     return _norm(x if conv is None else conv(x), last, relu=False)
 
 
+def _in_channels_last(run: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Decorator: images of another memory format are converted, and what comes out is contiguous then."""
+    @functools.wraps(run)
+    def convert(module: nn.Module, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return run(module, x)
+        return run(module, channels_last(x)).contiguous()
+    return convert
+
+
+@_in_channels_last
 def infer_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `CotLayer` or `CoxtLayer` in evaluation without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
-    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    x = channels_last(x)
-    out = _cot_layer_in_graph(layer, x) if torch.compiler.is_compiling() else _cot_layer(layer, x)
-    return out if is_channels_last else out.contiguous()
+    return _cot_layer_in_graph(layer, x) if torch.compiler.is_compiling() else _cot_layer(layer, x)
 
 
 def _cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
@@ -186,8 +195,9 @@ def _contexts(value: Tensor, logits: Tensor, static: Tensor, *args) -> Tensor:
     return infer_contexts(*map(channels_last, (value, logits, static)), *dense_arguments(*args), s=s)
 
 
+@_in_channels_last
 def infer_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
-    """A `CotBottleneck` or `SplitAttnBottleneck` in evaluation without a gradient, channels-last."""
+    """A `CotBottleneck` or `SplitAttnBottleneck` in evaluation without a gradient, (B, C, H, W) -> (B, C', H', W')."""
     parts = block._modules
     conv1, norm1, conv3, norm3 = (parts[name] for name in ('conv1', 'bn1', 'conv3', 'bn3'))
     shortcut = _look_at_shortcut(block.downsample, x, conv1.in_channels, conv3.out_channels)
@@ -234,10 +244,9 @@ def _look_at_shortcut(downsample: Optional[nn.Module], x: Tensor, inputs: int, o
     return (*pools, (conv, norm))
 
 
+@_in_channels_last
 def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """A `FoldedCotLayer` without a gradient, (B, dim, H, W) -> (B, dim, H, W)."""
-    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    x = channels_last(x)
     parts, groups = layer._modules, layer.groups
     _, attn, norm = parts['embed']._modules.values()
     query, value, (se1, _, se2) = parts['query'], parts['value'], parts['se']._modules.values()
@@ -252,10 +261,10 @@ def infer_folded_cot_layer(layer: nn.Module, x: Tensor) -> Tensor:
     value = _conv1x1(x, dense(value.weight, groups).flatten(1), value.bias)
     s = ContextsSettings(layer.kernel_size, layer.dilation, groups, norm.num_groups, filter_eps=norm.eps)
     mixing = Mixing(se1.weight, se1.bias, None, se2.weight, se2.bias)
-    out = _contexts(value, logits, static, (attn.bias, norm.weight, norm.bias), None, layer.shift, mixing, s)
-    return out if is_channels_last else out.contiguous()
+    return _contexts(value, logits, static, (attn.bias, norm.weight, norm.bias), None, layer.shift, mixing, s)
 
 
+@_in_channels_last
 def infer_folded_stem(stem: nn.Module, x: Tensor) -> Tensor:
     """A `FoldedStem` without a gradient: (B, in_chans, H, W) -> (B, C, H', W')."""
     for conv in list(stem)[::2]:
@@ -263,8 +272,9 @@ def infer_folded_stem(stem: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+@_in_channels_last
 def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
-    """A `FoldedBottleneck` without a gradient, channels-last."""
+    """A `FoldedBottleneck` without a gradient, (B, C, H, W) -> (B, C', H', W')."""
     parts = block._modules
     out = conv_act(parts['conv1'], x)
     out = parts['avd_last'](parts['conv2'](parts['avd_first'](out)))
