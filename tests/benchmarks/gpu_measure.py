@@ -57,12 +57,12 @@ def make_task(
         layout: str = 'channels-last',
         folded: bool = False,
         graph: bool = False,
-        compiled: bool = False,
+        compiled: str = '',
 ) -> Task:
     """A network's work on random images, without waiting for the GPU.
 
     Inference is all in dtype. A training step (SGD with momentum) keeps its weights in float32, and is under autocast
-    in bfloat16.
+    in bfloat16. compiled is a mode of `torch.compile`.
     """
     if graph and device != 'cuda':
         raise CannotRun('needs CUDA')
@@ -81,7 +81,7 @@ def make_task(
             captured.replay()
             return net, x, out  # whose memory it uses
         return replay
-    run = torch.compile(net) if compiled else net
+    run = torch.compile(net, mode=compiled) if compiled else net
     if not training:
         return torch.no_grad()(lambda: run(x))
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
