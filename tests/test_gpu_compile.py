@@ -17,6 +17,7 @@ from timm_cotnet import CotLayer
 from timm_cotnet.ops import conditions
 from timm_cotnet.ops.gpu import contexts
 from timm_cotnet.ops.gpu.folding import order_filters
+from timm_cotnet.ops.gpu.images import transposed
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, pool, train_bottleneck, train_cot_layer)
 
@@ -179,6 +180,20 @@ def test_bottlenecks_in_evaluation(stage):
             variant, = recorded(lambda: infer_bottleneck(block, x))
         assert variant.name == 'fold_block_kernel'
         assert_compiles_well(variant, 90)
+
+
+@pytest.mark.parametrize('back', [False, True])
+@pytest.mark.parametrize('C, side', [*STAGES, (64, 20)])
+def test_memory_formats(C, side, back):
+    """Whole vectors on either side where the number of pixels allows it, on that of the channels always."""
+    x = torch.zeros(2, C, side, side, dtype=torch.bfloat16)
+    variant, = recorded(lambda: transposed(x.contiguous(memory_format=torch.channels_last) if back else x, back=back))
+    made = compiled(variant, 90)
+    stores = Counter(re.findall(r'st\.global[.\w:]*?\.((?:v\d\.)?[buf]\d+)\b', made.ptx))
+    narrow = {56: 'v4.b32', 28: 'v4.b32', 20: 'v4.b32', 14: 'v2.b32', 7: 'b16'}[side]
+    (load,), (store,) = made.loads, stores
+    assert (load, store) == (('v4.b32', narrow) if back else (narrow, 'v4.b32'))
+    assert made.stack == made.local == 0 and made.registers <= 64 and made.shared <= 8 * 1024
 
 
 def test_kernels_of_a_network_are_few():

@@ -401,6 +401,7 @@ MODULES = {
     'layer in evaluation': (infer_cot_layer, lambda: CotLayer(24).eval()),
     'folded layer': (infer_folded_cot_layer, lambda: CoxtLayer(32).eval().fuse().bfloat16()),
     'block in evaluation': (infer_bottleneck, lambda: block().eval()),
+    'contiguous block in evaluation': (infer_bottleneck, lambda: block().eval()),
 }
 
 
@@ -410,6 +411,7 @@ def test_modules(name, driver, monkeypatch):
     run, create = MODULES[name]
     module = create()
     x = channels_last(2, getattr(module, 'dim', 32), 4, 3)
+    x = x.contiguous() if name.startswith('contiguous') else x
     kernels, calls, driver.arguments = {}, [], {}
 
     class Module:
@@ -421,7 +423,7 @@ def test_modules(name, driver, monkeypatch):
                 kernels[kernel] = Kernel(FUNCTION + len(kernels))
             return kernels[kernel]
 
-    for file in ('contexts', 'folding', 'matrices', 'norm', 'pool'):
+    for file in ('contexts', 'folding', 'images', 'matrices', 'norm', 'pool'):
         monkeypatch.setattr(f'timm_cotnet.ops.gpu.{file}.kernels_of', Module)
     monkeypatch.setattr('timm_cotnet.ops.gpu.stand_ins._is_fused', lambda dtype: False)
     monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: torch.conv2d(x, w, b, *args).relu_())

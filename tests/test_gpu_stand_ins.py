@@ -17,6 +17,7 @@ from timm_cotnet import CotBottleneck, SplitAttnBottleneck
 from timm_cotnet.deploy import FoldedStem
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.gpu import contexts
+from timm_cotnet.ops.gpu.images import transposed
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, infer_folded_stem, padded_pool,
@@ -128,6 +129,16 @@ def test_nan_stays_nan(training):
     expected = torch.zeros_like(x, dtype=torch.bool)
     expected[(slice(None), 3) if training else (1, 3, 2, 1)] = True
     assert torch.equal(out.isnan(), expected)
+
+
+@kernels
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('shape', [(2, 64, 8, 8), (3, 5, 7, 7), (1, 70, 13, 10), (2, 16, 1, 1)], ids=str)
+def test_memory_formats(shape, dtype):
+    x = image(*shape, dtype=dtype).to(DEVICE).contiguous()
+    for back, memory_format in ((False, torch.channels_last), (True, torch.contiguous_format)):
+        x = transposed(x, back=back)
+        assert x.is_contiguous(memory_format=memory_format) and torch.equal(x.cpu(), image(*shape, dtype=dtype))
 
 
 # Blocks, and inference

@@ -66,7 +66,7 @@ def within(monkeypatch):
 
 def test_table_names_all_kernels_and_their_pointers(counter):
     kernels = {}
-    for module in ('rows', 'contexts_kernels', 'folding_kernels', 'matrices_kernels', 'mixing_kernels',
+    for module in ('rows', 'contexts_kernels', 'folding_kernels', 'images_kernels', 'matrices_kernels', 'mixing_kernels',
                    'products_kernels', 'statistics_kernels'):
         module = importlib.import_module(f'timm_cotnet.ops.gpu.{module}')
         kernels.update((name, value) for name, value in vars(module).items() if name.endswith('_kernel'))

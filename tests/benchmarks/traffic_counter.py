@@ -34,6 +34,7 @@ KERNELS = {
     'batch_norm_backward_kernel': ('sums weight table', 'factors'),
     'norm_backward_kernel': ('grad x out:RELU factors', 'grad_x grad_residual:RESIDUAL'),
     'avg_pool_kernel': ('x', 'out'),
+    'transpose_kernel': ('x', 'out'),
     'fold_layer_kernel': (
         'key first attn value ' + ' '.join(
             f'{norm}_{part}' for norm in ('key', 'first', 'value', 'norm', 'se')
@@ -71,7 +72,7 @@ _KERNEL_KINDS = {
         ('moments_kernel', 'batch_norm_kernel', 'running_norm_kernel', 'norm_act_kernel', 'grad_sums_kernel',
          'batch_norm_backward_kernel', 'norm_backward_kernel'), BATCH_NORM),
     **dict.fromkeys(('filter_norm_kernel', 'filter_table_kernel', 'filter_norm_backward_kernel'), GROUP_NORM),
-    **dict.fromkeys(('to_matrices_kernel', 'from_matrices_kernel'), COPY),
+    **dict.fromkeys(('to_matrices_kernel', 'from_matrices_kernel', 'transpose_kernel'), COPY),
     'avg_pool_kernel': POOL,
     **dict.fromkeys(('fold_layer_kernel', 'fold_block_kernel', 'order_filters_kernel'), COPY),
 }
@@ -306,7 +307,7 @@ def counting(plain: bool = False, autocast: bool = False) -> Iterator[List[Event
         patch(dispatch.conditions, '_has_cudnn', lambda: True)
         table = {} if plain else dispatch._ON_GPU
         patch(dispatch, '_stand_ins', lambda kind, device_type: table.get(kind, ()))  # 'meta' has none
-        for name in ('contexts', 'folding', 'matrices', 'norm', 'pool'):  # each has imported it by its name
+        for name in ('contexts', 'folding', 'images', 'matrices', 'norm', 'pool'):  # each has imported it by its name
             patch(importlib.import_module(f'timm_cotnet.ops.gpu.{name}'), 'launch', counter.launch)
         patch(torch, 'is_autocast_enabled', lambda *_: casts.enabled)  # these four know nothing of 'meta'
         patch(torch, 'set_autocast_enabled', lambda _, enabled: setattr(casts, 'enabled', enabled))

@@ -14,7 +14,7 @@ from .contexts import Mixing, compiled_contexts, dense_arguments, infer_contexts
 from .conv_norm import conv_norm_act
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
-from .images import channels_last
+from .images import channels_last, transposed
 from .norm import norm_act, norm_act_eval
 from .pool import avg_pool
 
@@ -119,7 +119,10 @@ def _in_channels_last(run: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[n
     def convert(module: nn.Module, x: Tensor) -> Tensor:
         if x.is_contiguous(memory_format=torch.channels_last):
             return run(module, x)
-        return run(module, channels_last(x)).contiguous()
+        if torch.compiler.is_compiling():
+            return run(module, channels_last(x)).contiguous()
+        out = run(module, transposed(x.contiguous(), back=False))
+        return out if out.is_contiguous() else transposed(channels_last(out), back=True)
     return convert
 
 
