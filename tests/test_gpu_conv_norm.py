@@ -273,9 +273,9 @@ def test_gradient_of_an_image_has_its_memory_alone(monkeypatch):
     x, grad = (torch.ones(2, C, 3, 3).contiguous(memory_format=torch.channels_last) for C in (4, 8))
     matrix, product = torch.ones(8, 4), torch.ones(18, 8)
     saved = x, matrix[:, :, None, None], product[0], product[0], matrix, product, None, None
-    grad_x, _, grad_filters, *_ = conv_norm._gradients(grad, saved, (True, False, True, True, True))
+    grad_x, _, grad_filters, *_ = conv_norm._gradients(grad, saved, (True, False, True, True, True), True)
     assert grad_x.is_contiguous(memory_format=torch.channels_last) and not grad_x._is_view()
     assert (grad_x == 8).all() and grad_filters.shape == (8, 4, 1, 1) and (grad_filters == 18).all()
     for of_shortcut, is_over in ((torch.full_like(x, 2), True), (torch.full_like(x, 2).contiguous(), False)):
-        grad_x, *_ = conv_norm._gradients(grad, saved, (True, False, True, True, True), of_shortcut)
+        grad_x, *_ = conv_norm._gradients(grad, saved, (True, False, True, True, True), True, of_shortcut)
         assert (grad_x is of_shortcut) == is_over and (grad_x == 10).all() and not grad_x._is_view()

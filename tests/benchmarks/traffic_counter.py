@@ -30,9 +30,9 @@ KERNELS = {
         'moments weight bias running_mean running_var tracked', 'running_mean running_var tracked table'),
     'running_norm_kernel': ('mean var weight bias', 'table'),
     'norm_act_kernel': ('x residual:RESIDUAL table', 'out'),
-    'grad_sums_kernel': ('grad x out:RELU table', 'sums'),
+    'grad_sums_kernel': ('grad x out:RESIDUAL table', 'sums passed:RESIDUAL'),
     'batch_norm_backward_kernel': ('sums weight table', 'factors'),
-    'norm_backward_kernel': ('grad x out:RELU factors', 'grad_x grad_residual:RESIDUAL'),
+    'norm_backward_kernel': ('grad x table:RELU factors', 'grad_x'),
     'avg_pool_kernel': ('x', 'out'),
     'transpose_kernel': ('x', 'out'),
     'fold_layer_kernel': (

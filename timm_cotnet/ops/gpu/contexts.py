@@ -419,22 +419,22 @@ def train_backward(
     _local(kernels.value_grad_kernel, local_walk, value, s,
            grad_local, logits, value, t.value, t.filters, grad_value, sums, **more_threads(value.element_size()))
     batch_norm_backward(sums, value_weight, t.value, g.value_factors, local_walk, B)
-    launch(rows.norm_backward_kernel, walk.grid,
-           grad_value, value, value, g.value_factors, grad_value, value, *walk.rows,
-           FACTOR_ROWS=0, RELU=False, RESIDUAL=False, **walk.blocks, ACC=acc)
+    launch(rows.norm_backward_kernel, walk.grid, grad_value, value, t.value, g.value_factors, grad_value, *walk.rows,
+           FACTOR_ROWS=0, RELU=False, **walk.blocks, ACC=acc)
 
     grad_logits = made(logits.new_empty(B * H * W, N))
     _local(kernels.filter_grad_kernel, over_filters(B, H * W, C, s.num_filters, s.groups, value.element_size()),
            value, s, grad_local, value, t.value, grad_logits)
     sums = made(sums.new_empty(B, filter_walk.runs, 2, N))
-    launch(rows.grad_sums_kernel, filter_walk.grid, grad_logits, logits, logits, t.filters, sums, *filter_walk.rows,
-           TABLE_ROWS=4, RELU=False, **filter_walk.blocks, ACC=acc)
+    launch(rows.grad_sums_kernel, filter_walk.grid,
+           grad_logits, logits, logits, t.filters, grad_logits, sums, *filter_walk.rows,
+           TABLE_ROWS=4, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
     factors, filter_grads = made(sums.new_empty(B, 3, N)), made(sums.new_empty(B, 3, N))
     grid, sizes = _filter_tiles(B, s)
     launch(kernels.filter_norm_backward_kernel, grid,
            sums, filter_weight, t.filters, t.means, factors, filter_grads, H * W, filter_walk.runs, **sizes, ACC=acc)
     filter_walk = image_rows(logits, sums=False)
     launch(rows.norm_backward_kernel, filter_walk.grid,
-           grad_logits, logits, logits, factors, grad_logits, logits, *filter_walk.rows,
-           FACTOR_ROWS=3, RELU=False, RESIDUAL=False, **filter_walk.blocks, ACC=acc)
+           grad_logits, logits, t.filters, factors, grad_logits, *filter_walk.rows,
+           FACTOR_ROWS=3, RELU=False, **filter_walk.blocks, ACC=acc)
     return grad_value, grad_logits, grad_static, memory, filter_grads

@@ -69,7 +69,7 @@ class ConvNormAct(torch.autograd.Function):
             product, residual, weight, bias, *averages[:3], momentum=averages.momentum, eps=eps, relu=relu,
             shape=(B, channels, H, W))
         ctx.eps, ctx.relu = eps, relu
-        ctx.save_for_backward(x, filters, weight, bias, matrix, product, table, out if relu else None)
+        ctx.save_for_backward(x, filters, weight, bias, matrix, product, table, out if relu and residual is not None else None)
         return (out, x) if with_shortcut else out
 
     @staticmethod
@@ -80,13 +80,14 @@ class ConvNormAct(torch.autograd.Function):
         if wants_plain(grad, grad_shortcut):
             grad_x, *grads = _differentiable_gradients(ctx, grad, saved[-1], x, *parameters[:3])
             return grad_x if grad_shortcut is None or grad_x is None else grad_x + grad_shortcut, *grads
-        return *untraced(_gradients)(grad, saved, ctx.needs_input_grad, grad_shortcut), None, None, None, None
+        return *untraced(_gradients)(grad, saved, ctx.needs_input_grad, ctx.relu, grad_shortcut), None, None, None, None
 
 
 def _gradients(
         grad: Tensor,
         saved: Sequence[Tensor],
         needed: Sequence[bool],
+        relu: bool,
         grad_shortcut: Optional[Tensor] = None,
 ) -> List[Optional[Tensor]]:
     """Those of x, residual, filters, weight and bias; that of x over the shortcut's, if that is dense.
@@ -100,8 +101,7 @@ def _gradients(
     x, out = alike(x, out)  # hooks may have changed what was saved
     grad_x = grad_filters = None
     with torch.cuda.device_of(x):
-        grad_product, grad_residual, factors = norm_backward(
-            grad, product, out, weight, table, with_residual=need_residual)
+        grad_product, grad_residual, factors = norm_backward(grad, product, out, weight, table, relu=relu)
         if need_filters:
             grad_filters = torch.empty_like(matrix)
             torch.mm(grad_product.t(), rows_of(x), out=grad_filters)
@@ -127,7 +127,7 @@ def _differentiable_gradients(
         if out is not None:
             grad = grad.masked_fill(out <= 0, 0.)
         product = F.conv2d(tensors[0], tensors[2].to(x.dtype))
-        again = batch_norm_act(product, tensors[3], tensors[4], relu=False, eps=ctx.eps)
+        again = batch_norm_act(product, tensors[3], tensors[4], relu=ctx.relu and out is None, eps=ctx.eps)
         wanted = {i: t for i, t in tensors.items() if ctx.needs_input_grad[i]}
         grads = torch.autograd.grad(again, list(wanted.values()), grad, create_graph=True) if wanted else ()
     found = {1: grad if ctx.needs_input_grad[1] else None, **dict(zip(wanted, grads))}

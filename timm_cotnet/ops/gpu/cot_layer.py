@@ -78,10 +78,10 @@ def layer_backward(
         hidden = norm_again(hidden_in, None, first_table)
         grad_attn = _filter_grad(grad_logits, hidden, x) if need_attn else None
         grad_hidden = _product_back(grad_logits, m.attn, x)
-        grad_hidden, _, of_first_norm = norm_backward(grad_hidden, hidden_in, hidden, p.first_weight, first_table)
+        grad_hidden, _, of_first_norm = norm_backward(grad_hidden, hidden_in, None, p.first_weight, first_table)
         grad_static = _product_back(grad_hidden, m.of_key, x, grad_static)
         of_first = [_filter_grad(grad_hidden, t, x) if need_first else None for t in (of_x, static)]
-        grad_static, _, of_key_norm = norm_backward(grad_static, static_in, static, p.key_weight, key_table)
+        grad_static, _, of_key_norm = norm_backward(grad_static, static_in, None, p.key_weight, key_table)
         grad_x, grad_key, _ = torch.ops.aten.convolution_backward(
             image_of(grad_static, x), x, m.key, None, _ONES, s.key_padding, s.key_dilation, False, _ZEROS,
             key_groups(p, s), [need_x, need_key, False])

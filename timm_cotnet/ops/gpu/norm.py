@@ -99,25 +99,23 @@ def norm_backward(
         weight: Tensor,
         table: Tensor,
         *,
-        with_residual: bool = False,
+        relu: bool = True,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual (grad unless they differ), and of weight and bias, the last two of (5, C).
+    """Gradients of x, of the residual (grad unless they differ), and of weight and bias, see `norm_grads`.
 
-    out is what ReLU put out; None: there is none. All are dense.
+    out is what ReLU put out, where it is behind a sum with a residual; else None. All are dense.
     """
     rows = kernels_of('rows')
-    C, (dtype, acc), relu, walk = x.shape[1], accumulator(x.dtype), out is not None, all_rows(x, 4)
-    out = out if relu else x
-    sums = made(x.new_empty(walk.runs, 2, C, dtype=dtype))
-    launch(rows.grad_sums_kernel, walk.grid, grad, x, out, table, sums, *walk.rows, TABLE_ROWS=0, RELU=relu,
-           **walk.blocks, ACC=acc)
+    C, (dtype, acc), walk, is_sum = x.shape[1], accumulator(x.dtype), all_rows(x, 4), out is not None
+    sums, passed = made(x.new_empty(walk.runs, 2, C, dtype=dtype)), made(torch.empty_like(grad)) if is_sum else grad
+    launch(rows.grad_sums_kernel, walk.grid, grad, x, out if is_sum else x, table, passed, sums, *walk.rows,
+           TABLE_ROWS=0, RELU=relu, RESIDUAL=is_sum, **walk.blocks, ACC=acc)
     factors = made(table.new_empty(5, C))
     batch_norm_backward(sums, weight, table, factors, walk)
     grad_x, walk = made(torch.empty_like(x)), all_rows(x, sums=False)
-    grad_residual = made(torch.empty_like(grad)) if with_residual and relu else grad
-    launch(rows.norm_backward_kernel, walk.grid, grad, x, out, factors, grad_x, grad_residual, *walk.rows,
-           FACTOR_ROWS=0, RELU=relu, RESIDUAL=with_residual and relu, **walk.blocks, ACC=acc)
-    return grad_x, grad_residual, factors
+    launch(rows.norm_backward_kernel, walk.grid, passed, x, table, factors, grad_x, *walk.rows,
+           FACTOR_ROWS=0, RELU=relu and not is_sum, **walk.blocks, ACC=acc)
+    return grad_x, passed, factors
 
 
 def norm_grads(factors: Tensor) -> Tuple[Tensor, Tensor]:
@@ -134,7 +132,7 @@ class NormAct(torch.autograd.Function):
         out, table = norm_forward(
             x, residual, weight, bias, *averages[:3], momentum=averages.momentum, eps=eps, relu=relu)
         ctx.eps, ctx.relu = eps, relu
-        ctx.save_for_backward(x, weight, bias, table, out if relu else None)
+        ctx.save_for_backward(x, weight, bias, table, out if relu and residual is not None else None)
         return out
 
     @staticmethod
@@ -146,7 +144,7 @@ class NormAct(torch.autograd.Function):
         out = None if out is None else out.contiguous(memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
             grad_x, grad_residual, factors = untraced(norm_backward)(
-                grad, x, out, weight, table, with_residual=ctx.needs_input_grad[1])
+                grad, x, out, weight, table, relu=ctx.relu)
         grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(norm_grads(factors), (weight, bias)))
         return grad_x, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None, None
 
@@ -203,7 +201,7 @@ def _differentiable_gradients(ctx, grad: Tensor, out: Optional[Tensor], x: Tenso
         tensors = {i: t.view_as(t) for i, t in ((0, x), (2, weight), (3, bias))}
         if out is not None:
             grad = grad.masked_fill(out <= 0, 0.)
-        again = batch_norm_act(*tensors.values(), relu=False, eps=ctx.eps)
+        again = batch_norm_act(*tensors.values(), relu=ctx.relu and out is None, eps=ctx.eps)
         wanted = {i: t for i, t in tensors.items() if ctx.needs_input_grad[i]}
         grads = torch.autograd.grad(again, list(wanted.values()), grad, create_graph=True) if wanted else ()
     found = {1: grad if ctx.needs_input_grad[1] else None, **dict(zip(wanted, grads))}

@@ -165,31 +165,39 @@ def norm_act_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def grad_sums_kernel(
-        grad_ptr, x_ptr, out_ptr, table_ptr, sums_ptr, P, LENGTH, RUNS, PARTS,
-        ALIGN: tl.constexpr, TABLE_ROWS: tl.constexpr, RELU: tl.constexpr,
+        grad_ptr, x_ptr, out_ptr, table_ptr, passed_ptr, sums_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, TABLE_ROWS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
     """Sums of a norm's gradient, and of its product with the input normed without weight and bias: (B, RUNS, 2, C).
 
-    With RELU the gradient is that of the output, of which out tells where it was zero. Tables are those of each image,
-    of TABLE_ROWS rows, or of all if that is 0; the last two of four rows count.
+    With RELU the gradient is that of its output. Behind a sum with a RESIDUAL out tells where that was zero, and what of
+    the gradient passes, that of the residual, is stored; else the norm's own output tells, which is made again. Tables
+    are those of each image, of TABLE_ROWS rows, or of all if that is 0.
     """
     C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     x_ptr += b * P * C
     out_ptr += b * P * C
+    passed_ptr += b * P * C
     table_ptr += b * (TABLE_ROWS * C)
     x_scale, x_shift = row(table_ptr + 2 * C, c, C, ACC)[None, :], row(table_ptr + 3 * C, c, C, ACC)[None, :]
+    scale = row(table_ptr, c, C, ACC)[None, :] if RELU and not RESIDUAL else 0
+    shift = row(table_ptr + C, c, C, ACC)[None, :] if RELU and not RESIDUAL else 0
     total = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
     products = tl.zeros((BLOCK_P // FOLD, BLOCK_C), ACC)
     for start in range(first, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        grad = load(grad_ptr, p, end, c, C, ACC)
+        grad, x = load(grad_ptr, p, end, c, C, ACC), load(x_ptr, p, end, c, C, ACC)
         if RELU:
-            grad = tl.where(load(out_ptr, p, end, c, C, ACC) > 0, grad, 0)
+            if RESIDUAL:
+                grad = tl.where(load(out_ptr, p, end, c, C, ACC) > 0, grad, 0)
+                store(passed_ptr, grad, p, end, c, C)
+            else:
+                grad = tl.where(x * scale + shift > 0, grad, 0)
         total += fold(grad, FOLD)
-        products += fold(grad * (load(x_ptr, p, end, c, C, ACC) * x_scale + x_shift), FOLD)
+        products += fold(grad * (x * x_scale + x_shift), FOLD)
     store_row(sums_ptr + run * (2 * C), tl.sum(total, 0), c, C)
     store_row(sums_ptr + run * (2 * C) + C, tl.sum(products, 0), c, C)
 
@@ -229,33 +237,30 @@ def batch_norm_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
-        grad_ptr, x_ptr, out_ptr, factors_ptr, grad_x_ptr, grad_residual_ptr, P, LENGTH, RUNS, PARTS,
-        ALIGN: tl.constexpr, FACTOR_ROWS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
+        grad_ptr, x_ptr, table_ptr, factors_ptr, grad_x_ptr, P, LENGTH, RUNS, PARTS,
+        ALIGN: tl.constexpr, FACTOR_ROWS: tl.constexpr, RELU: tl.constexpr,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):
-    """Gradient of a norm's input from that of its output, and if RESIDUAL that of what was added to it.
+    """Gradient of a norm's input from that of its output, or with RELU from that behind ReLU.
 
-    With RELU the gradient is that behind it, see `grad_sums_kernel`. Factors are those of each image, of FACTOR_ROWS
-    rows, or of all if that is 0.
+    Factors are those of each image, of FACTOR_ROWS rows, or of all if that is 0; the table, for RELU, is that of all.
     """
     C = PARTS * ALIGN
     _, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
     grad_ptr += b * P * C
     x_ptr += b * P * C
-    out_ptr += b * P * C
     grad_x_ptr += b * P * C
-    grad_residual_ptr += b * P * C
     factors_ptr += b * (FACTOR_ROWS * C)
     of_grad, of_x = row(factors_ptr, c, C, ACC)[None, :], row(factors_ptr + C, c, C, ACC)[None, :]
     rest = row(factors_ptr + 2 * C, c, C, ACC)[None, :]
+    scale = row(table_ptr, c, C, ACC)[None, :] if RELU else 0
+    shift = row(table_ptr + C, c, C, ACC)[None, :] if RELU else 0
     for start in range(first, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        grad = load(grad_ptr, p, end, c, C, ACC)
+        grad, x = load(grad_ptr, p, end, c, C, ACC), load(x_ptr, p, end, c, C, ACC)
         if RELU:
-            grad = tl.where(load(out_ptr, p, end, c, C, ACC) > 0, grad, 0)
-        if RESIDUAL:
-            store(grad_residual_ptr, grad, p, end, c, C)
-        store(grad_x_ptr, grad * of_grad + load(x_ptr, p, end, c, C, ACC) * of_x + rest, p, end, c, C)
+            grad = tl.where(x * scale + shift > 0, grad, 0)
+        store(grad_x_ptr, grad * of_grad + x * of_x + rest, p, end, c, C)
 
 
 @triton.jit(do_not_specialize=COUNTS)
