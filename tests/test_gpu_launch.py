@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import re
 import threading
+from concurrent.futures import wait
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -370,6 +371,30 @@ def test_kernels_are_compiled_at_the_same_time(driver, monkeypatch):
     assert [len(kernel.by_triton) for kernel in (first, second)] == [3, 1] and len(driver.launches) == 4
 
 
+def test_compiling_ahead(driver, monkeypatch):
+    """Without waiting; a call that follows waits for what has begun instead of beginning again."""
+    monkeypatch.setattr(launch, '_compiles_in_threads', lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
+    may_end, warm = threading.Event(), []
+
+    class Warm(Kernel):
+        def warmup(self, *args, grid, **constants):
+            assert args[0].is_meta and may_end.wait(20)
+            warm.append(len(self.by_triton))
+
+    kernel = Warm()
+    second = function_of(kernel)
+    first = repeated(ahead=lambda results, x, y: second.compile_ahead(x, results))(
+        lambda x, y: launch.launch(Kernel(), (1,), x, y, 1, 1) or y)
+    monkeypatch.setattr(Kernel, 'warmup', lambda self, *args, **kwargs: None, raising=False)
+    for _ in range(2):
+        first(numbers(), numbers())
+    assert not warm and not kernel.by_triton
+    threading.Timer(0.2, may_end.set).start()
+    second(numbers(), numbers())
+    assert warm == [0] and len(kernel.by_triton) == 2  # one kind, of which nothing was launched before
+
+
 def test_where_kernels_are_compiled_in_threads():
     assert not launch._compiles_in_threads(numbers())
     on_a_gpu = SimpleNamespace(is_cuda=True)
@@ -405,26 +430,55 @@ MODULES = {
 }
 
 
+@pytest.fixture
+def stubs(monkeypatch):
+    """In place of all kernels, by name."""
+    kernels = {}
+
+    class Module:
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, name):
+            if name not in kernels:
+                kernels[name] = Kernel(FUNCTION + len(kernels))
+            return kernels[name]
+
+    for file in ('contexts', 'folding', 'images', 'matrices', 'norm', 'pool'):
+        monkeypatch.setattr(f'timm_cotnet.ops.gpu.{file}.kernels_of', Module)
+    return kernels
+
+
+@pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer', 'block', 'strided block'])
+def test_what_follows_is_compiled_ahead(name, driver, stubs, monkeypatch):
+    """A forward leaves nothing to compile to its backward but a kernel or two."""
+    warm = []
+    monkeypatch.setattr(launch, '_compiles_in_threads', lambda tensor: True)
+    monkeypatch.setattr(launch, '_compiled', {})
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        Kernel, 'warmup', lambda self, *args, grid, **constants: warm.append(self.function), raising=False)
+    run, create = MODULES[name]
+    module = create()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = run(module, channels_last(2, getattr(module, 'dim', 32), 4, 3).requires_grad_())
+        wait(launch._compiled.values())
+        forward = len(warm)
+        out.sum().backward()
+    names = {kernel.function: name for name, kernel in stubs.items()}
+    late = {names[function] for function in warm[forward:]}
+    assert {'norm_backward_kernel'} <= {names[function] for function in warm[:forward]}
+    assert late <= {'from_matrices_kernel', 'avg_pool_kernel'} and len(warm) == len(launch._compiled)
+
+
 @pytest.mark.parametrize('name', MODULES)
-def test_modules(name, driver, monkeypatch):
+def test_modules(name, driver, stubs, monkeypatch):
     """Each of their functions is launched again as Triton launched it: the same kernels on the same pattern of memory."""
     run, create = MODULES[name]
     module = create()
     x = channels_last(2, getattr(module, 'dim', 32), 4, 3)
     x = x.contiguous() if name.startswith('contiguous') else x
-    kernels, calls, driver.arguments = {}, [], {}
-
-    class Module:
-        def __init__(self, module):
-            self.module = module
-
-        def __getattr__(self, kernel):
-            if kernel not in kernels:
-                kernels[kernel] = Kernel(FUNCTION + len(kernels))
-            return kernels[kernel]
-
-    for file in ('contexts', 'folding', 'images', 'matrices', 'norm', 'pool'):
-        monkeypatch.setattr(f'timm_cotnet.ops.gpu.{file}.kernels_of', Module)
+    calls, driver.arguments = [], {}
     monkeypatch.setattr('timm_cotnet.ops.gpu.stand_ins._is_fused', lambda dtype: False)
     monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: torch.conv2d(x, w, b, *args).relu_())
     monkeypatch.setattr(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batch_norm import Averages
 from ..contexts import ContextsSettings
+from ..cot_layer import TrainingParameters
 from .images import channels_last
 from .launch import launch, made, repeated
 from .norm import batch_norm_backward, batch_norm_table, table_of_moments
@@ -236,7 +237,14 @@ def _table_shapes(B: int, C: int, N: int, A: int) -> List[Tuple[int, ...]]:
     return [(4, C), (B, 4, N), (4, C), (B, 2 * C), (B, C), (B, A), (B, A), (A,), (B, N)]
 
 
-@repeated(0, 1, 11)
+def _compile_backward(results: Tuple[Tensor, ...], *args: Tensor, s: ContextsSettings, **_) -> None:
+    (mixed, local, tables), (value, logits, static), p = results, args[:3], TrainingParameters(*args[3:16])
+    train_backward.compile_ahead(
+        mixed, value, logits, static, local, tables, p.value_weight, p.filter_weight, p.weight, p.se_weight1,
+        p.se_norm_weight, p.se_weight2, s=s)
+
+
+@repeated(0, 1, 11, ahead=_compile_backward)
 def train_forward(
         value: Tensor,
         logits: Tensor,

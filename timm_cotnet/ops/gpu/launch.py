@@ -8,7 +8,7 @@ import functools
 import os
 import struct
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import reduce
 from operator import or_
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -45,7 +45,7 @@ def made(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def repeated(*sized: int) -> Callable[[Callable], Callable]:
+def repeated(*sized: int, ahead: Optional[Callable[..., None]] = None) -> Callable[[Callable], Callable]:
     """Decorator of a function that does nothing but make tensors and launch kernels, so that it runs once.
 
     At a second call of the same kind memory is taken for all that it makes, and the kernels are launched. Kinds differ
@@ -55,8 +55,12 @@ def repeated(*sized: int) -> Callable[[Callable], Callable]:
     makes, and returns some of these or of what it was given. Views of either may be launched on, but not returned.
     Without CUDA, in Triton's interpreter and where something watches launches, it runs each time.
 
+    Its kernels are compiled all at the same time, each of which takes some tenths of a second. `compile_ahead` of what
+    comes out compiles what a call would launch, and does not wait for it.
+
     Args:
         *sized: Positions of the tensors whose shapes tell those of all; the first tensor if none is given.
+        ahead: Called with the results and all arguments of the first call of a kind, to `compile_ahead` what follows.
     """
     sized = sized or (0,)
 
@@ -73,21 +77,27 @@ def repeated(*sized: int) -> Callable[[Callable], Callable]:
             try:
                 repeat = known[key]
             except KeyError:
-                return _record(function, tensors, numbers, known, key)
+                results = _record(function, tensors, numbers, known, key)
+                if ahead is not None:
+                    ahead(results, *tensors, **numbers)
+                return results
             results = None if repeat is None else repeat(tensors)
             return function(*tensors, **numbers) if results is None else results[0]
+
+        def compile_ahead(*tensors: Optional[Tensor], **numbers) -> None:
+            if _compiles_in_threads(tensors[0]):
+                _plan(function, tensors, numbers)
+
+        run.compile_ahead = compile_ahead
         return run
     return decorate
 
 
 def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any], known: Dict, key: tuple) -> Any:
+    if _compiles_in_threads(tensors[0]):
+        wait(_plan(function, tensors, numbers))
+    recording = _of_thread.recording = Recording(tensors)
     try:
-        if _compiles_in_threads(tensors[0]):
-            planned = _of_thread.recording = Planned()
-            function(*tensors, **numbers)
-            planned.compile(tensors[0].device)
-            del planned
-        recording = _of_thread.recording = Recording(tensors)
         results = function(*tensors, **numbers)
     finally:
         _of_thread.recording = None
@@ -109,29 +119,45 @@ def _compiles_in_threads(tensor: Tensor) -> bool:
     return hasattr(triton, 'AsyncCompileMode')  # which does so, too
 
 
+def _plan(function: Callable, tensors: tuple, numbers: Dict[str, Any]) -> List[Future]:
+    """Begin to compile all kernels that a function would launch, in threads; what has begun already goes on."""
+    before, planned = getattr(_of_thread, 'recording', None), Planned()
+    _of_thread.recording = planned
+    try:
+        function(*[None if t is None else torch.empty_like(t, device='meta') for t in tensors], **numbers)
+    finally:
+        _of_thread.recording = before
+    return planned.compile(tensors[0].device)
+
+
 class Planned:
-    """What a function is going to launch; nothing is launched."""
+    """What a function would launch."""
 
     def __init__(self):
-        self.made, self._calls = [], []
+        self.made, self._calls = [], {}
 
-    def launch(self, *call: Any) -> None:
-        self._calls.append(call)
+    def launch(self, kernel: Any, grid: Tuple[int], args: Sequence, constants: Dict[str, Any]) -> None:
+        key = (kernel, *[a.dtype for a in args if isinstance(a, Tensor)], *constants.items())
+        self._calls[key] = grid, args, constants
 
-    def compile(self, device: torch.device) -> None:
-        """All kernels at the same time: each takes some tenths of a second, which would add up as they are launched."""
-        def compile_one(call: tuple) -> None:
-            kernel, grid, args, constants = call
-            with torch.cuda.device(device):
-                kernel.warmup(*args, grid=grid, **constants)
+    def compile(self, device: torch.device) -> List[Future]:
+        with _lock:
+            missing = [key for key in self._calls if (device, *key) not in _compiled]
+            if missing:
+                pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1))
+                for key in missing:
+                    _compiled[device, *key] = pool.submit(_compile, device, key[0], *self._calls[key])
+                pool.shutdown(wait=False)
+            return [_compiled[device, *key] for key in self._calls]
 
-        different = {
-            (id(kernel), *[a.dtype for a in args if isinstance(a, Tensor)], *constants.items()): call
-            for call in self._calls for kernel, _, args, constants in [call]}
-        if len(different) > 1:
-            with ThreadPoolExecutor(min(len(different), os.cpu_count() or 1)) as pool:
-                for compiled in [pool.submit(compile_one, call) for call in different.values()]:
-                    compiled.exception()  # a launch will raise it again
+
+def _compile(device: torch.device, kernel: Any, grid: Tuple[int], args: Sequence, constants: Dict[str, Any]) -> None:
+    """What fails here fails again when it is launched."""
+    with torch.cuda.device(device):
+        kernel.warmup(*args, grid=grid, **constants)
+
+
+_lock, _compiled = threading.Lock(), {}  # futures, by device and what is compiled
 
 
 class Launch(NamedTuple):

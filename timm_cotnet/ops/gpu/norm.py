@@ -50,7 +50,13 @@ def _norm_act_eval(
     return norm_again(x, residual, table, relu=relu)
 
 
-@repeated()
+def _compile_backward(results: Tuple[Tensor, Tensor], x: Tensor, residual: Optional[Tensor], weight: Tensor, *_: Tensor,
+                      relu: bool = True, **__) -> None:
+    out, table = results
+    norm_backward.compile_ahead(out, x, None if residual is None or not relu else out, weight, table, relu=relu)
+
+
+@repeated(ahead=_compile_backward)
 def norm_forward(
         x: Tensor,
         residual: Optional[Tensor],
