@@ -12,6 +12,7 @@ import torch
 from triton_helpers import INTERPRETED, has_old_triton
 
 from timm_cotnet import CotBottleneck, CotLayer, CoxtLayer
+from timm_cotnet.ops.compiled import arguments_of
 from timm_cotnet.ops.gpu import launch, walks
 from timm_cotnet.ops.gpu.launch import made, repeated
 from timm_cotnet.ops.gpu.stand_ins import (
@@ -233,6 +234,16 @@ def test_memory_that_is_not_aligned(driver):
     assert len(kernel.by_triton) // 2 == 4 and len(driver.launches) // 2 == 2
 
 
+def test_memory_that_is_never_aligned(driver, monkeypatch):
+    """As parts of one flat parameter are: it is not tried for ever to record that."""
+    begun, kernel = [], Kernel()
+    function, record = function_of(kernel), launch._record
+    monkeypatch.setattr(launch, '_record', lambda *args: begun.append(args) or record(*args))
+    for _ in range(9):
+        function(numbers(), numbers(40)[1:])
+    assert len(begun) == launch._OFTEN < 9 and len(kernel.by_triton) == 18 and not driver.launches
+
+
 def test_tensors_that_are_one(driver):
     """Which of two a kernel was given cannot be told then."""
     kernel, x = Kernel(), numbers()
@@ -417,8 +428,14 @@ def strided_block():
         torch.nn.Conv2d(32, 32, 1, 2, bias=False), torch.nn.BatchNorm2d(32)))
 
 
+def operator(layer, x):
+    """What a graph calls in place of the layer."""
+    return train_cot_layer.operator(*arguments_of(layer, x)[0])[0]
+
+
 MODULES = {
     'CotLayer': (train_cot_layer, lambda: CotLayer(24)),
+    'operator': (operator, lambda: CotLayer(24)),
     'CoxtLayer': (train_cot_layer, lambda: CoxtLayer(32)),
     'block': (train_bottleneck, block),
     'strided block': (train_bottleneck, strided_block),

@@ -129,9 +129,10 @@ def _settings(x: Tensor, numbers: Tuple[Any, Any], averages: Optional[Sequence[T
     s = _settings_without_averages(sizes, values, x.dtype)
     if averages is None:
         return s
-    tracked = x.new_empty((), dtype=torch.int64)  # counted outside
+    # counted outside; one for each, at a multiple of 16 bytes, as launches are repeated for tensors like these only
+    tracked = x.new_empty((_NORMS, 2), dtype=torch.int64).unbind()
     key, first, *others = (
-        Averages(*averages[2 * i:2 * i + 2], tracked, momentum) for i, momentum in enumerate(values[-_NORMS:]))
+        Averages(*averages[2 * i:2 * i + 2], tracked[i], momentum) for i, momentum in enumerate(values[-_NORMS:]))
     return Settings(*s[:6], key, first, tuple(others), s.dtype)
 
 

@@ -8,6 +8,7 @@ import functools
 import os
 import struct
 import threading
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import reduce
 from operator import or_
@@ -65,7 +66,8 @@ def repeated(*sized: int, ahead: Optional[Callable[..., None]] = None) -> Callab
     sized = sized or (0,)
 
     def decorate(function: Callable) -> Callable:
-        known: Dict[tuple, Optional[Repeat]] = {}
+        known: Dict[tuple, Optional[Repeat]] = {}  # None: it runs each time
+        unusual: Dict[tuple, int] = Counter()
 
         @functools.wraps(function)
         def run(*tensors: Optional[Tensor], **numbers):
@@ -77,7 +79,16 @@ def repeated(*sized: int, ahead: Optional[Callable[..., None]] = None) -> Callab
             try:
                 repeat = known[key]
             except KeyError:
-                results = _record(function, tensors, numbers, known, key)
+                recording, results = _record(function, tensors, numbers)
+                if len(known) + len(unusual) >= _MOST:
+                    known.clear()
+                    unusual.clear()
+                if recording.is_usual:
+                    known[key] = Repeat(recording, results) if recording.is_plain and recording.launches else None
+                else:
+                    unusual[key] += 1
+                    if unusual[key] == _OFTEN:
+                        known[key] = None
                 if ahead is not None:
                     ahead(results, *tensors, **numbers)
                 return results
@@ -93,22 +104,18 @@ def repeated(*sized: int, ahead: Optional[Callable[..., None]] = None) -> Callab
     return decorate
 
 
-def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any], known: Dict, key: tuple) -> Any:
+_MOST = 4096  # kinds of a function
+_OFTEN = 4
+
+
+def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any]) -> Tuple['Recording', Any]:
     if _compiles_in_threads(tensors[0]):
         wait(_plan(function, tensors, numbers))
     recording = _of_thread.recording = Recording(tensors)
     try:
-        results = function(*tensors, **numbers)
+        return recording, function(*tensors, **numbers)
     finally:
         _of_thread.recording = None
-    if recording.is_usual:
-        if len(known) >= _MOST:
-            known.clear()
-        known[key] = Repeat(recording, results) if recording.is_plain and recording.launches else None
-    return results
-
-
-_MOST = 4096  # kinds of a function
 
 
 def _compiles_in_threads(tensor: Tensor) -> bool:
