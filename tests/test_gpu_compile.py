@@ -17,7 +17,7 @@ from timm_cotnet import CotLayer
 from timm_cotnet.ops import conditions
 from timm_cotnet.ops.gpu import contexts
 from timm_cotnet.ops.gpu.folding import order_filters
-from timm_cotnet.ops.gpu.images import transposed
+from timm_cotnet.ops.gpu.images import change_format
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, pool, train_bottleneck, train_cot_layer)
 
@@ -187,7 +187,7 @@ def test_bottlenecks_in_evaluation(stage):
 def test_memory_formats(C, side, back):
     """Whole vectors on either side where the number of pixels allows it, on that of the channels always."""
     x = torch.zeros(2, C, side, side, dtype=torch.bfloat16)
-    variant, = recorded(lambda: transposed(x.contiguous(memory_format=torch.channels_last) if back else x, back=back))
+    variant, = recorded(lambda: change_format(x.contiguous(memory_format=torch.channels_last) if back else x, back=back))
     made = compiled(variant, 90)
     stores = Counter(re.findall(r'st\.global[.\w:]*?\.((?:v\d\.)?[buf]\d+)\b', made.ptx))
     narrow = {56: 'v4.b32', 28: 'v4.b32', 20: 'v4.b32', 14: 'v2.b32', 7: 'b16'}[side]

@@ -105,6 +105,15 @@ def test_parameters_in_any_memory(tag):
 
 
 @kernels
+@pytest.mark.parametrize('cut', [lambda x: x[:, :8], lambda x: x[:, 8:], lambda x: x[:, :8, 1:], lambda x: x[:, :8, :, ::2]])
+def test_images_with_gaps_in_memory(cut):
+    """Whose strides are those of channels-last all the same."""
+    layer, _ = create('small_cot')
+    x = cut(image(3, 16, 4, 6, torch.channels_last, torch.float64)).to(DEVICE)
+    assert_trains_like_plain(train_cot_layer, layer, x, zero=of_zero_gradient(layer))
+
+
+@kernels
 @pytest.mark.parametrize('tag', ['cot_dim64_k3', 'coxt_dim96_k3'])
 def test_golden(tag):
     data = load('layers')

@@ -73,10 +73,17 @@ class Kernel:
         return run
 
 
+class Forgetful(dict):
+    def __setitem__(self, key, value):
+        pass
+
+
 @pytest.fixture
 def driver(monkeypatch):
+    """A function that is recorded is launched by Triton here, whatever was compiled before."""
     found = Driver()
     monkeypatch.setattr(launch, '_driver', lambda: found)
+    monkeypatch.setattr(launch, '_entries', Forgetful())
     monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: STREAM, raising=False)
     return found
 
@@ -213,6 +220,33 @@ def test_shapes_that_count(driver):
     assert [found.grid[0] for found in driver.launches] == [8, 12]
 
 
+def test_images_of_other_sizes_have_the_same_kernels(driver, monkeypatch):
+    """So a new kind is launched without Triton, too: not where its arguments need another kernel, or something watches."""
+    monkeypatch.setattr(launch, '_entries', {})
+    kernel = Kernel()
+    function = function_of(kernel, lambda x, y, out, work: (out, work))
+    function(numbers(), numbers())
+    assert len(kernel.by_triton) == 1 and len(driver.launches) == 1
+    x, y = numbers(48), numbers(48)
+    _, work = function(x, y)
+    assert len(kernel.by_triton) == 1 and [found.arguments[:2] for found in driver.launches[1:]] == [
+        [x.data_ptr(), work.data_ptr()], [work[8:].data_ptr(), y.data_ptr()]]
+    assert driver.launches[1]._replace(arguments=None) == (FUNCTION, (40, 1, 1), (64, 1, 1), SHARED, STREAM, None, None)
+    assert driver.launches[1].arguments[2:] == [7, 2 ** 64 - 1, 0, 0]
+    function(x, y)
+    assert len(driver.launches) == 5
+    function(numbers(80)[1:65], numbers(64))
+    function(numbers(), numbers(), number=2 ** 31)
+    function(numbers(), numbers(), C=2)
+    assert len(kernel.by_triton) == 1 + 2 + 2 + 1
+    driver.codes = [700]
+    function(numbers(96), numbers(96))
+    assert len(kernel.by_triton) == 7  # Triton says what is wrong
+    monkeypatch.setattr(launch, '_is_watched', lambda: True)
+    function(numbers(112), numbers(112))
+    assert len(kernel.by_triton) == 9
+
+
 # What is left to Triton
 
 
@@ -329,10 +363,13 @@ def test_hooks_see_each_launch(driver, hook, monkeypatch):
 
 @pytest.mark.parametrize('metadata', [
     dict(num_ctas=2), dict(launch_cooperative_grid=True), dict(launch_pdl=True), dict(global_scratch_size=128),
-    dict(profile_scratch_size=8), dict()], ids=lambda metadata: next(iter(metadata), 'another device than NVIDIA\'s'))
+    dict(profile_scratch_size=8), dict(hip=True), dict(no_driver=True)], ids=lambda metadata: next(iter(metadata)))
 def test_kernels_that_need_more(driver, metadata, monkeypatch):
-    if not metadata:
+    """Or another device than NVIDIA's, or no driver where it is looked for."""
+    if metadata.pop('hip', False):
         monkeypatch.setattr(torch.version, 'hip', '6.0')
+    if metadata.pop('no_driver', False):
+        monkeypatch.setattr(launch, '_driver', lambda: None)
     kernel = Kernel(**metadata)
     function = function_of(kernel)
     for _ in range(2):
@@ -488,6 +525,19 @@ def test_what_follows_is_compiled_ahead(name, driver, stubs, monkeypatch):
     assert late <= {'from_matrices_kernel', 'avg_pool_kernel'} and len(warm) == len(launch._compiled)
 
 
+@pytest.mark.parametrize('name', ['CotLayer', 'block', 'strided block', 'pool'])
+def test_images_of_as_many_pixels(name, driver, stubs):
+    """Whose rows do not tell height from width, nor images from pixels."""
+    run, create = MODULES[name]
+    module = create()
+    for B, H, W in ((2, 4, 6), (2, 4, 6), (2, 6, 4), (4, 2, 6), (2, 4, 6)):
+        x = channels_last(B, getattr(module, 'dim', 32), H, W).requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            out = run(module, x)
+            out.sum().backward()
+        assert x.grad.shape == x.shape and out.shape[0] == B
+
+
 @pytest.mark.parametrize('name', MODULES)
 def test_modules(name, driver, stubs, monkeypatch):
     """Each of their functions is launched again as Triton launched it: the same kernels on the same pattern of memory."""
@@ -500,14 +550,14 @@ def test_modules(name, driver, stubs, monkeypatch):
     monkeypatch.setattr(torch, 'cudnn_convolution_relu', lambda x, w, b, *args: torch.conv2d(x, w, b, *args).relu_())
     monkeypatch.setattr(
         torch, 'cudnn_convolution_add_relu', lambda x, w, z, _, b, *args: torch.conv2d(x, w, b, *args).add_(z).relu_())
-    add, call = launch.Recording.add, launch.Repeat.__call__
+    add, call = launch.Recording.launch, launch.Repeat.__call__
 
-    def adding(self, compiled, grid, args):
-        calls.append((id(self), compiled.function, grid, *(
+    def adding(self, kernel, grid, args, constants):
+        calls.append((id(self), kernel.function, grid[0], *(
             a if isinstance(a, int) else a.data_ptr() for a in args)))
         held.append((self, args))
-        driver.arguments[compiled.function] = len(args)
-        add(self, compiled, grid, args)
+        driver.arguments[kernel.function] = len(args)
+        add(self, kernel, grid, args, constants)
 
     def calling(self, tensors):
         first = len(driver.launches)
@@ -518,7 +568,7 @@ def test_modules(name, driver, stubs, monkeypatch):
                      for found in driver.launches[first:])
         return results
 
-    monkeypatch.setattr(launch.Recording, 'add', adding)
+    monkeypatch.setattr(launch.Recording, 'launch', adding)
     monkeypatch.setattr(launch.Repeat, '__call__', calling)
     patterns = []
     for _ in range(2):

@@ -17,7 +17,7 @@ from timm_cotnet import CotBottleneck, SplitAttnBottleneck
 from timm_cotnet.deploy import FoldedStem
 from timm_cotnet.ops import conditions, dispatch
 from timm_cotnet.ops.gpu import contexts
-from timm_cotnet.ops.gpu.images import transposed
+from timm_cotnet.ops.gpu.images import change_format
 from timm_cotnet.ops.gpu.norm import norm_act, norm_act_eval
 from timm_cotnet.ops.gpu.stand_ins import (
     infer_bottleneck, infer_cot_layer, infer_folded_bottleneck, infer_folded_cot_layer, infer_folded_stem, padded_pool,
@@ -137,7 +137,7 @@ def test_nan_stays_nan(training):
 def test_memory_formats(shape, dtype):
     x = image(*shape, dtype=dtype).to(DEVICE).contiguous()
     for back, memory_format in ((False, torch.channels_last), (True, torch.contiguous_format)):
-        x = transposed(x, back=back)
+        x = change_format(x, back=back)
         assert x.is_contiguous(memory_format=memory_format) and torch.equal(x.cpu(), image(*shape, dtype=dtype))
 
 

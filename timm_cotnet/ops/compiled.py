@@ -57,8 +57,8 @@ class LayerOperator:
             out = self._in_graph(layer, x)
         else:
             s = settings_of(layer, x)
-            # converted out here, so that a second derivative knows where it comes from
-            dense = x.to(s.dtype, memory_format=torch.channels_last)
+            # converted out here, so that a second derivative knows where it comes from; `to` leaves gaps in memory
+            dense = _dense(x.to(s.dtype))
             out = TrainCotLayer.apply(dense, self._forward, self._backward, s, *parameters_of(layer))
         return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
 
@@ -105,7 +105,7 @@ def arguments_of(layer: nn.Module, x: Tensor) -> Tuple[Tuple[Any, ...], Sequence
     s = settings_of(layer, x)
     norms = (s.key_averages, s.first_averages, *s.averages)
     averages = [average for norm in norms for average in (norm.mean, norm.var)]
-    x = x.to(s.dtype, memory_format=torch.channels_last)
+    x = _dense(x.to(s.dtype))
     return (x, parameters_of(layer), averages, *_numbers(s, norms)), norms
 
 

@@ -3,6 +3,7 @@
 A launch by Triton takes fifty microseconds of the host, which is more than most kernels take of a GPU, and what
 surrounds it in Python as much again. `cuLaunchKernel` of the CUDA driver takes a few.
 """
+import contextlib
 import ctypes
 import functools
 import os
@@ -79,6 +80,8 @@ def repeated(*sized: int, ahead: Optional[Callable[..., None]] = None) -> Callab
             try:
                 repeat = known[key]
             except KeyError:
+                if len(known) < _MANY and _compiles_in_threads(tensors[0]):  # else most are compiled by now
+                    wait(_plan(function, tensors, numbers))
                 recording, results = _record(function, tensors, numbers)
                 if len(known) + len(unusual) >= _MOST:
                     known.clear()
@@ -97,22 +100,22 @@ def repeated(*sized: int, ahead: Optional[Callable[..., None]] = None) -> Callab
 
         def compile_ahead(*tensors: Optional[Tensor], **numbers) -> None:
             if _compiles_in_threads(tensors[0]):
-                _plan(function, tensors, numbers)
+                with contextlib.suppress(RuntimeError):  # no more threads: it only takes longer then
+                    _plan(function, tensors, numbers)
 
         run.compile_ahead = compile_ahead
         return run
     return decorate
 
 
-_MOST = 4096  # kinds of a function
+_MANY, _MOST = 16, 1024  # kinds of a function
 _OFTEN = 4
 
 
 def _record(function: Callable, tensors: tuple, numbers: Dict[str, Any]) -> Tuple['Recording', Any]:
-    if _compiles_in_threads(tensors[0]):
-        wait(_plan(function, tensors, numbers))
-    recording = _of_thread.recording = Recording(tensors)
+    recording = Recording(tensors)
     try:
+        _of_thread.recording = recording
         return recording, function(*tensors, **numbers)
     finally:
         _of_thread.recording = None
@@ -129,8 +132,8 @@ def _compiles_in_threads(tensor: Tensor) -> bool:
 def _plan(function: Callable, tensors: tuple, numbers: Dict[str, Any]) -> List[Future]:
     """Begin to compile all kernels that a function would launch, in threads; what has begun already goes on."""
     before, planned = getattr(_of_thread, 'recording', None), Planned()
-    _of_thread.recording = planned
     try:
+        _of_thread.recording = planned
         function(*[None if t is None else torch.empty_like(t, device='meta') for t in tensors], **numbers)
     finally:
         _of_thread.recording = before
@@ -151,7 +154,7 @@ class Planned:
         with _lock:
             missing = [key for key in self._calls if (device, *key) not in _compiled]
             if missing:
-                pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1))
+                pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1, 16))
                 for key in missing:
                     _compiled[device, *key] = pool.submit(_compile, device, key[0], *self._calls[key])
                 pool.shutdown(wait=False)
@@ -167,12 +170,17 @@ def _compile(device: torch.device, kernel: Any, grid: Tuple[int], args: Sequence
 _lock, _compiled = threading.Lock(), {}  # futures, by device and what is compiled
 
 
-class Launch(NamedTuple):
-    """A launch of a compiled kernel."""
+class Entry(NamedTuple):
+    """A compiled kernel as the driver launches it."""
     compiled: Any  # has the function, which goes with it
     function: int
     threads: int
     shared: int
+
+
+class Launch(NamedTuple):
+    """A launch of a compiled kernel."""
+    entry: Entry
     grid: int
     arguments: List[Union[int, Tuple[Tensor, int]]]  # a tensor in whose memory another one begins, and after which byte
 
@@ -192,17 +200,22 @@ class Recording:
         self.tensors = tensors
 
     def launch(self, kernel: Any, grid: Tuple[int], args: Sequence, constants: Dict[str, Any]) -> None:
-        self.add(kernel[grid](*args, **constants), grid[0], args)
-
-    def add(self, compiled: Any, grid: int, args: Sequence) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if any(t.data_ptr() % VECTOR for t in tensors):
+        numbers, pointers = args[len(tensors):], [t.data_ptr() for t in tensors]
+        if reduce(or_, pointers) % VECTOR:
             self.is_usual = False  # these need kernels of their own
-        numbers, places = plain_launch(compiled, args, len(tensors)), [self._place(t) for t in tensors]
-        if numbers is None or None in places:
+        key = (id(kernel), tensors[0].get_device(), *[t.dtype for t in tensors], *constants.items())
+        _, entry = _entries.get(key, (None, None))  # images of another size have the same
+        if not self.is_usual or entry is None or _is_watched() or any(not -2 ** 31 <= n < 2 ** 31 for n in numbers) \
+                or _start(entry, grid[0], [*pointers, *numbers], tensors[0].get_device()) != 0:
+            entry = entry_of(kernel[grid](*args, **constants), args, len(tensors))
+            if entry is not None and self.is_usual:
+                _entries[key] = kernel, entry  # an id is one only as long as what it is of
+        places = [self._place(t) for t in tensors]
+        if entry is None or None in places:
             self.is_plain = False
         else:
-            self.launches.append(Launch(compiled, *numbers, grid, [*places, *args[len(tensors):]]))
+            self.launches.append(Launch(entry, grid[0], [*places, *numbers]))
 
     def _place(self, tensor: Tensor) -> Optional[Tuple[Tensor, int]]:
         """The tensor that this is or in which it lies; None if that cannot be told."""
@@ -220,15 +233,15 @@ def _span(tensor: Tensor) -> int:
     return tensor.element_size() * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())))
 
 
-def plain_launch(compiled: Any, args: Sequence, count: int) -> Optional[Tuple[int, int, int]]:
-    """Function, threads and shared memory of a kernel that needs nothing more to be launched with as many tensors.
+def entry_of(compiled: Any, args: Sequence, count: int) -> Optional[Entry]:
+    """That of a kernel that needs nothing more to be launched with as many tensors.
 
     None on other GPUs than NVIDIA's, in Triton's interpreter, and with integers of 64 bits.
 
     The driver takes the addresses of a kernel's arguments, and reads as many as it has. Behind those of its source
     these may be two pointers to memory for the kernel to work in, of which none is needed.
     """
-    if not hasattr(compiled, 'packed_metadata') or torch.version.hip is not None:
+    if not hasattr(compiled, 'packed_metadata') or torch.version.hip is not None or _driver() is None:
         return None
     metadata = compiled.metadata
     types = [kind for kind in compiled.src.signature.values() if kind != 'constexpr']
@@ -236,9 +249,21 @@ def plain_launch(compiled: Any, args: Sequence, count: int) -> Optional[Tuple[in
             or getattr(metadata, 'num_ctas', 1) != 1 \
             or any(getattr(metadata, name, None) for name in _BEYOND_A_PLAIN_LAUNCH):
         return None
-    return compiled.function, 32 * metadata.num_warps, metadata.shared
+    return Entry(compiled, compiled.function, 32 * metadata.num_warps, metadata.shared)
 
 
+def _start(entry: Entry, grid: int, arguments: Sequence[int], device: int) -> int:
+    """A launch by the driver, which gives its error code."""
+    count = len(arguments) + 2
+    memory = (ctypes.c_uint64 * count)(*[a % 2 ** 64 for a in arguments])
+    first = ctypes.addressof(memory)
+    addresses = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+    return _driver().cuLaunchKernel(
+        entry.function, grid, 1, 1, entry.threads, 1, 1, entry.shared, torch._C._cuda_getCurrentRawStream(device),
+        addresses, None)
+
+
+_entries: Dict[tuple, Tuple[Any, Entry]] = {}
 _ALIGN = 256  # bytes
 _BEYOND_A_PLAIN_LAUNCH = (
     'launch_cooperative_grid', 'launch_pdl', 'global_scratch_size', 'profile_scratch_size', 'instrumentation_mode')
@@ -271,14 +296,12 @@ class Repeat:
         self._pointers = [a for a in arguments if isinstance(a, tuple)]
         self._numbers = [a for a in arguments if isinstance(a, int)]
         self._pack_into = struct.Struct('=' + 'Q' * len(self._pointers)).pack_into
-        self._device, self._start, self._hooks = bases[0].get_device(), _driver().cuLaunchKernel, _hooks()
+        self._device, self._start = bases[0].get_device(), _driver().cuLaunchKernel
         self._of_thread = threading.local()
 
     def __call__(self, tensors: Sequence[Optional[Tensor]]) -> Optional[Tuple]:
         """What the function would return, in a tuple; None: it has to run."""
-        hooks = self._hooks
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        if getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave):  # as profilers do
+        if _is_watched():
             return None
         first = tensors[0]
         bases = [*tensors, *[first.new_empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self._kept]]
@@ -312,19 +335,30 @@ class Repeat:
         for launch in self._launches:
             own = [*(slots[a] for a in launch.arguments), len(slots), len(slots)]
             addresses = (ctypes.c_void_p * len(own))(*[first + 8 * slot for slot in own])
-            launches.append((launch.function, launch.grid, launch.threads, launch.shared, addresses))
+            launches.append((launch.entry.function, launch.grid, launch.entry.threads, launch.entry.shared, addresses))
         return memory, launches
 
 
 @functools.lru_cache(maxsize=None)
-def _driver() -> ctypes.CDLL:
-    library, number = ctypes.CDLL('libcuda.so.1'), ctypes.c_uint
+def _driver() -> Optional[ctypes.CDLL]:
+    try:
+        library, number = ctypes.CDLL('libcuda.so.1'), ctypes.c_uint
+    except OSError:
+        return None
     library.cuLaunchKernel.argtypes = [
         ctypes.c_void_p, *[number] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     library.cuLaunchKernel.restype = ctypes.c_int
     return library
 
 
+def _is_watched() -> bool:
+    """Whether hooks want to know of each launch, as those of profilers do."""
+    hooks = _hooks()
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool(getattr(enter, 'calls', enter) or getattr(leave, 'calls', leave))
+
+
+@functools.lru_cache(maxsize=None)
 def _hooks() -> Any:
     import triton
 

@@ -97,7 +97,7 @@ def norm_again(
     return out
 
 
-@repeated(1)
+@repeated(0, 1)
 def norm_backward(
         grad: Tensor,
         x: Tensor,

@@ -14,7 +14,7 @@ from .contexts import Mixing, compiled_contexts, dense_arguments, infer_contexts
 from .conv_norm import conv_norm_act
 from .cot_layer import dense, grouped_weight, query_key, train_cot_layer
 from .folding import fold_block, fold_layer, order_filters
-from .images import channels_last, transposed
+from .images import change_format, channels_last
 from .norm import norm_act, norm_act_eval
 from .pool import avg_pool
 
@@ -121,8 +121,8 @@ def _in_channels_last(run: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[n
             return run(module, x)
         if torch.compiler.is_compiling():
             return run(module, channels_last(x)).contiguous()
-        out = run(module, transposed(x.contiguous(), back=False))
-        return out if out.is_contiguous() else transposed(channels_last(out), back=True)
+        out = run(module, change_format(x.contiguous()))
+        return out if out.is_contiguous() else change_format(channels_last(out), back=True)
     return convert
 
 
