@@ -187,7 +187,8 @@ def test_bottlenecks_in_evaluation(stage):
 def test_memory_formats(C, side, back):
     """Whole vectors on either side where the number of pixels allows it, on that of the channels always."""
     x = torch.zeros(2, C, side, side, dtype=torch.bfloat16)
-    variant, = recorded(lambda: change_format(x.contiguous(memory_format=torch.channels_last) if back else x, back=back))
+    x = x.contiguous(memory_format=torch.channels_last) if back else x
+    variant, = recorded(lambda: change_format(x, back))
     made = compiled(variant, 90)
     stores = Counter(re.findall(r'st\.global[.\w:]*?\.((?:v\d\.)?[buf]\d+)\b', made.ptx))
     narrow = {56: 'v4.b32', 28: 'v4.b32', 20: 'v4.b32', 14: 'v2.b32', 7: 'b16'}[side]

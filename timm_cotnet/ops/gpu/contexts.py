@@ -207,7 +207,7 @@ def _(value, *args):
 
 
 class Tables(NamedTuple):
-    """What the backward of a layer in training needs besides images, for A hidden channels; in an accumulator's dtype."""
+    """What the backward of a layer in training needs besides images, in an accumulator's dtype; A hidden channels."""
     value: Tensor  # (4, C), of the norm of the values
     filters: Tensor  # (B, 4, N), of that of the filters
     norm: Tensor  # (4, C), of that behind the local convolution
@@ -333,7 +333,7 @@ def _product(
 
 
 class Grads(NamedTuple):
-    """Gradients of the parameters behind the convolutions, and what makes those of images; in an accumulator's dtype."""
+    """Gradients of parameters behind the convolutions, and what makes those of images; in an accumulator's dtype."""
     value_factors: Tensor  # see `store_backward_factors`, which also gives the next two
     value_weight: Tensor
     value_bias: Tensor

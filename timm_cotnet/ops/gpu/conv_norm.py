@@ -69,7 +69,8 @@ class ConvNormAct(torch.autograd.Function):
             product, residual, weight, bias, *averages[:3], momentum=averages.momentum, eps=eps, relu=relu,
             shape=(B, channels, H, W))
         ctx.eps, ctx.relu = eps, relu
-        ctx.save_for_backward(x, filters, weight, bias, matrix, product, table, out if relu and residual is not None else None)
+        is_sum = relu and residual is not None
+        ctx.save_for_backward(x, filters, weight, bias, matrix, product, table, out if is_sum else None)
         return (out, x) if with_shortcut else out
 
     @staticmethod

@@ -14,7 +14,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def change_format(x: Tensor, back: bool = False) -> Tensor:
-    """x, (B, C, H, W), contiguous, in channels-last memory; or back. PyTorch's own copies take several times as long."""
+    """x, (B, C, H, W), contiguous, in channels-last memory; or back. PyTorch takes several times as long."""
     if x.numel() // len(x) >= 2 ** 31:  # beyond what the kernel reaches in an image
         return x.contiguous(memory_format=torch.contiguous_format if back else torch.channels_last)
     return _transposed(x, back=back)

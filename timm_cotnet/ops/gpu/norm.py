@@ -156,8 +156,14 @@ class NormAct(torch.autograd.Function):
 
 
 def batch_norm_table(
-        x: Tensor, weight: Tensor, bias: Tensor, averages: Averages, eps: float, table: Optional[Tensor] = None) -> Tensor:
-    """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C), a new one unless it is given."""
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        averages: Averages,
+        eps: float,
+        table: Optional[Tensor] = None,
+) -> Tensor:
+    """What a batch norm does to each channel of x, see `rows.batch_norm_kernel`: (4, C), new unless it is given."""
     rows = kernels_of('rows')
     C, walk, (dtype, acc) = x.shape[1], all_rows(x), accumulator(x.dtype)
     moments = made(x.new_empty(walk.runs, 2, C, dtype=dtype))
@@ -193,7 +199,7 @@ def batch_norm_backward(
         walk: Walk,
         images: int = 1,
 ) -> None:
-    """Fill in what makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias, the others."""
+    """Fill in what makes the gradient of x, the first rows of (5, C), and the gradients of weight and bias."""
     rows = kernels_of('rows')
     C, (_, acc) = sums.shape[-1], accumulator(sums.dtype)
     launch(rows.batch_norm_backward_kernel, (-(-C // 8),),

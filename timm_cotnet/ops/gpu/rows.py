@@ -171,9 +171,9 @@ def grad_sums_kernel(
 ):
     """Sums of a norm's gradient, and of its product with the input normed without weight and bias: (B, RUNS, 2, C).
 
-    With RELU the gradient is that of its output. Behind a sum with a RESIDUAL out tells where that was zero, and what of
-    the gradient passes, that of the residual, is stored; else the norm's own output tells, which is made again. Tables
-    are those of each image, of TABLE_ROWS rows, or of all if that is 0.
+    With RELU the gradient is that of its output. Behind a sum with a RESIDUAL out tells where that was zero, and what
+    of the gradient passes, that of the residual, is stored; else the norm's own output tells, which is made again.
+    Tables are those of each image, of TABLE_ROWS rows, or of all if that is 0.
     """
     C = PARTS * ALIGN
     run, b, first, end, c = place(P, LENGTH, RUNS, C, BLOCK_C)
