@@ -105,7 +105,8 @@ def test_parameters_in_any_memory(tag):
 
 
 @kernels
-@pytest.mark.parametrize('cut', [lambda x: x[:, :8], lambda x: x[:, 8:], lambda x: x[:, :8, 1:], lambda x: x[:, :8, :, ::2]])
+@pytest.mark.parametrize('cut', [
+    lambda x: x[:, :8], lambda x: x[:, 8:], lambda x: x[:, :8, 1:], lambda x: x[:, :8, :, ::2]])
 def test_images_with_gaps_in_memory(cut):
     """Whose strides are those of channels-last all the same."""
     layer, _ = create('small_cot')

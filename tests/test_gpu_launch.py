@@ -221,7 +221,7 @@ def test_shapes_that_count(driver):
 
 
 def test_images_of_other_sizes_have_the_same_kernels(driver, monkeypatch):
-    """So a new kind is launched without Triton, too: not where its arguments need another kernel, or something watches."""
+    """So a new kind is launched without Triton: not where its arguments need another kernel, or something watches."""
     monkeypatch.setattr(launch, '_entries', {})
     kernel = Kernel()
     function = function_of(kernel, lambda x, y, out, work: (out, work))
@@ -540,7 +540,7 @@ def test_images_of_as_many_pixels(name, driver, stubs):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_modules(name, driver, stubs, monkeypatch):
-    """Each of their functions is launched again as Triton launched it: the same kernels on the same pattern of memory."""
+    """Each of their functions is launched again as Triton launched it: the same kernels, the same memory."""
     run, create = MODULES[name]
     module = create()
     x = channels_last(2, getattr(module, 'dim', 32), 4, 3)
