@@ -62,7 +62,7 @@ def test_gpu_names(gpu, capsys):
 @pytest.mark.slow
 def test_gpu_rows_on_the_cpu(gpu, capsys, tmp_path):
     batch_1, layer = 'batch 1, eager, both folded', '512 x 7 x 7, backward'
-    texts = ('golden numbers, CotLayer', batch_1, layer, 'peak memory', 'CUDA graphs, ours folded')
+    texts = ('golden numbers, CotLayer', batch_1, layer, 'peak memory', 'batch 1, CUDA graphs, ours folded')
     options = [option for text in texts for option in ('--only', text)]
     gpu.main(['--device', 'cpu', '--batch', '2', '--size', '32', '--seconds', '0.01', '--output', str(tmp_path)]
              + options)
