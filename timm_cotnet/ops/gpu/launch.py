@@ -156,9 +156,9 @@ class Planned:
             if missing:
                 pool = ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1, 16))
                 for key in missing:
-                    _compiled[device, *key] = pool.submit(_compile, device, key[0], *self._calls[key])
+                    _compiled[(device, *key)] = pool.submit(_compile, device, key[0], *self._calls[key])
                 pool.shutdown(wait=False)
-            return [_compiled[device, *key] for key in self._calls]
+            return [_compiled[(device, *key)] for key in self._calls]
 
 
 def _compile(device: torch.device, kernel: Any, grid: Tuple[int], args: Sequence, constants: Dict[str, Any]) -> None:
