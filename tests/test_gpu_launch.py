@@ -168,10 +168,7 @@ def test_layouts_are_kept(driver):
 
 def test_each_thread_has_arguments_of_its_own(driver, monkeypatch):
     """The driver reads them while another thread may launch."""
-    function, kernel, x, y = None, Kernel(), numbers(), numbers()
-    function = function_of(kernel)
-    function(x, None)
-    seen = []
+    kernel, x, y, seen = Kernel(), numbers(), numbers(), []
 
     def start(*args):
         if not seen:
@@ -193,7 +190,7 @@ def test_each_thread_has_arguments_of_its_own(driver, monkeypatch):
 
 @pytest.mark.parametrize('change', ['dtype', 'shape', 'number', 'constant', 'name', 'missing'])
 def test_another_kind(driver, change):
-    kernel, function = Kernel(), None
+    kernel = Kernel()
     function = function_of(kernel)
     function(numbers(), numbers(), C=64)
     x = numbers(64) if change == 'shape' else numbers()

@@ -149,8 +149,7 @@ class NormAct(torch.autograd.Function):
         grad, x = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (grad, x))
         out = None if out is None else out.contiguous(memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
-            grad_x, grad_residual, factors = untraced(norm_backward)(
-                grad, x, out, weight, table, relu=ctx.relu)
+            grad_x, grad_residual, factors = untraced(norm_backward)(grad, x, out, weight, table, relu=ctx.relu)
         grad_weight, grad_bias = (gradient_like(g, p) for g, p in zip(norm_grads(factors), (weight, bias)))
         return grad_x, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, grad_bias, None, None, None
 
