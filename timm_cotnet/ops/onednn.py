@@ -45,7 +45,8 @@ def _new_lock() -> None:  # another thread may have held it when the process for
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_new_lock)
+if hasattr(os, 'register_at_fork'):  # not on Windows
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def kept(weight: Tensor, make: Callable, *args: Hashable) -> Optional[Any]:
