@@ -283,6 +283,40 @@ report('parent')
     assert run(code).splitlines() == ['child 1 True', 'parent 3 True']
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other allocators decide otherwise what they keep')
+def test_freed_memory_is_kept():
+    """Large tensors lie in the heap, which keeps what they leave; else each would be new memory of the system."""
+    code = '''
+import ctypes
+import torch
+from timm_cotnet.ops.cpu import build
+end_of_heap = ctypes.CDLL(None).sbrk
+end_of_heap.restype, end_of_heap.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+assert isinstance(build.load(torch.float32), ctypes.CDLL)
+print(torch.empty(30 << 20, dtype=torch.uint8).data_ptr() < end_of_heap(0))
+'''
+    assert run(code).strip() == 'True'
+
+
+def test_neither_fork_nor_users():
+    """As on Windows: no kernels, and plain PyTorch does the work."""
+    code = '''
+import os
+import torch, torchvision
+for name in ('fork', 'register_at_fork', 'geteuid'):
+    delattr(os, name)
+import timm
+import timm_cotnet
+from timm_cotnet.ops import cpu
+print(cpu.why_not(torch.float32))
+model = timm.utils.reparameterize_model(timm.create_model('test_cotnet').eval())
+with torch.no_grad():
+    print(tuple(model(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)).shape))
+'''
+    reason, shape = run(code, TIMM_COTNET_NATIVE='').splitlines()
+    assert 'OSError: there are no kernels for' in reason and shape == '(2, 10)'
+
+
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 4

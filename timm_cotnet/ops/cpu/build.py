@@ -38,21 +38,13 @@ _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
 _FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fPIC']
 _X86_FLAGS = ['-mprefer-vector-width=512']
 
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_after_fork)
+_PROCESS = os.getpid()
+_LARGEST_IN_HEAP = (32 << 20) - (64 << 10)  # bytes: glibc's limit (mallopt(3)), less what it adds to each block
 
 
 def num_threads() -> int:
     """The number of threads for a kernel: PyTorch's, but one in a forked process, as OpenMP's do not survive a fork."""
-    return 1 if _forked else torch.get_num_threads()
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 def call(kernel: str, dtype: torch.dtype, *args) -> None:
@@ -92,6 +84,9 @@ def load(dtype: torch.dtype) -> Union[ctypes.CDLL, str]:
         for name, pointers in _KERNELS[dtype].items():
             kernel = getattr(library, name)
             kernel.argtypes, kernel.restype = [*[ctypes.c_void_p] * pointers, ctypes.c_int], ctypes.c_int
+        # glibc takes blocks from its heap up to the size of the largest that was freed, and keeps twice as much of it:
+        # else what a pass frees may go to the system, and come back page by page. Nothing touches this block
+        torch.UntypedStorage(_LARGEST_IN_HEAP, device='cpu')
         return library
     except Exception as error:  # whatever it is, it costs speed only
         reason = f'the kernels for {dtype} cannot be compiled or loaded ({type(error).__name__}: {error})'
