@@ -268,6 +268,17 @@ def test_infer_bottleneck_with_a_shortcut_that_is_spread(folded_dtype):
 
 @kernels
 @torch.no_grad()
+@pytest.mark.parametrize('children', [(), (nn.Identity(),)], ids=['nothing', 'identity'])
+def test_infer_bottleneck_with_a_shortcut_that_does_nothing(children, folded_dtype):
+    block, x = create_block(CotBottleneck, None, torch.float32)
+    block.eval().downsample = nn.Sequential(*children)
+    expected = plain(*exact(block, x))
+    assert error(infer_bottleneck(block, x), expected) < 1e-5
+    assert error(infer_folded_bottleneck(block.fuse(), x), expected) < 1e-5
+
+
+@kernels
+@torch.no_grad()
 def test_infer_bottleneck_whose_norms_do_not_fold():
     for change in (lambda block: block.downsample[2].register_forward_hook(lambda *args: None),
                    lambda block: setattr(block.downsample, '2', nn.BatchNorm2d(64, affine=False).double()),

@@ -258,8 +258,8 @@ def folded_bottleneck(
     out = modules['avd_last'](layer(modules['avd_first'](out)))
     downsample = modules.get('downsample')
     if downsample is not None:
-        overwrite = type(downsample) is nn.Sequential and is_packable(downsample[-1], x.dtype) \
-            and not are_watched([downsample])
+        overwrite = type(downsample) is nn.Sequential and len(downsample) > 0 \
+            and is_packable(downsample[-1], x.dtype) and not are_watched([downsample])
         if overwrite:  # of what this convolution makes
             *pools, conv = downsample
             for pool in pools:

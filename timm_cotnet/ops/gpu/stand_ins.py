@@ -284,7 +284,8 @@ def infer_folded_bottleneck(block: nn.Module, x: Tensor) -> Tensor:
     conv, bias = parts['conv3'], parts['conv3'].bias
     shortcut = x
     if block.downsample is not None:
-        last = block.downsample[-1] if type(block.downsample) is nn.Sequential else None
+        sequence = type(block.downsample) is nn.Sequential and len(block.downsample) > 0
+        last = block.downsample[-1] if sequence else None
         if type(last) is nn.Conv2d and last.bias is not None and not are_watched([block.downsample]):
             *pools, _ = block.downsample
             for module in pools:
