@@ -167,12 +167,12 @@ def _why_not_training(layer: nn.Module, m: Dict[str, nn.Module], x: Tensor, any_
     reason = _why_not_convs(layer, m, x)
     if reason is not None:
         return reason
-    if len({id(norm) for norm in norms}) < len(norms):
-        return 'a norm is used twice, and averages statistics twice'
     for norm in norms:
         reason = _why_not_train_norm(norm, x, any_float)
         if reason is not None:
             return reason
+    if len({id(norm._buffers['running_mean']) for norm in norms}) < len(norms):
+        return _AVERAGED_TWICE
     return (
         _why_not_filters(layer, m['embed.3'], m['embed.4'], C)
         or ('one value has no variance' if B * H * W == 1 else None)
@@ -409,7 +409,8 @@ def look_at_train_bottleneck(block: nn.Module, x: Tensor) -> Union[str, Tuple[nn
         return m
     if not (_is_pointwise(m['conv1'], 1) and _is_pointwise(m['conv3'], 1)):
         return 'conv1 or conv3 is not a 1x1 convolution of one group'
-    reason = _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or cpu.why_not(x.dtype)
+    reason = _why_not_train_norm(m['bn1'], x) or _why_not_train_norm(m['bn3'], x) or _why_not_in_this_order(block) \
+        or cpu.why_not(x.dtype)
     return reason or _look_at_downsample(block, x)
 
 
@@ -430,7 +431,20 @@ def why_not_train_bottleneck_on_gpu(block: nn.Module, x: Tensor) -> Optional[str
     if isinstance(m, str):
         return m
     return _why_not_train_norm(m['bn1'], x, any_float=True) or _why_not_train_norm(m['bn3'], x, any_float=True) \
-        or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
+        or _why_not_in_this_order(block) or _why_not_32_bits(x, max(m['conv3'].out_channels, x.shape[1]))
+
+
+_AVERAGED_TWICE = 'a norm is used twice, or two share statistics, and the order in which they average them counts'
+
+
+def _why_not_in_this_order(block: nn.Module) -> Optional[str]:
+    """The shortcut is added by the kernel of bn3, and so computed before it, while the block does so afterwards."""
+    if block.downsample is not None:
+        mean = block.bn3._buffers['running_mean']
+        for module in block.downsample.modules():
+            if module._buffers.get('running_mean') is mean:
+                return _AVERAGED_TWICE
+    return None
 
 
 def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False, any_format: bool = False) -> Found:
