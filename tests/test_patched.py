@@ -89,6 +89,18 @@ def test_method_of_a_class(cls, method, monkeypatch):
             assert_same(module, name, method)
 
 
+@pytest.mark.parametrize('name', ['conv2d', 'batch_norm', 'group_norm', 'relu', 'silu', 'avg_pool2d'])
+def test_function_of_pytorch(name, monkeypatch):
+    """Replaced in `torch.nn.functional`, as some profilers do to count what is computed."""
+    written = getattr(F, name)
+    for kind in MODULES:
+        module = create(kind).train()
+        with monkeypatch.context() as patch:
+            patch.setattr(F, name, lambda *args, **kwargs: 1.25 * written(*args, **kwargs))
+            assert not fast_paths(module, kind)
+            assert_same(module, kind, name)
+
+
 @pytest.mark.slow
 def test_method_replaced_before_the_import():
     assert run_python('-c', """

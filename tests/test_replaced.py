@@ -11,6 +11,8 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrize
 
+from timm_cotnet import CotBottleneck
+
 from helpers import FORMATS, MODULES, Lora, create, difference, has_kernels, image, implementations, plain_wing
 
 CHILDREN = [  # those of CotBottleneck's layer are CotLayer's
@@ -243,6 +245,38 @@ def test_norm_used_twice(name):
     module.bn = module.conv1x1[1]
     assert_same(module, name, 'norm used twice')
     assert not fast_paths(module, name)
+
+
+@pytest.mark.parametrize('name', ['CotBottleneck', 'SplitAttnBottleneck'])
+def test_norm_of_the_shortcut_used_twice(name):
+    """The block runs it behind its own norms, and so do averages of statistics follow each other."""
+    module = create(name).train()
+    module.downsample[-1] = module.bn3
+    assert_same(module, name, 'norm used twice')
+    assert 'bottleneck' not in fast_paths(module, name)
+
+
+@pytest.mark.parametrize('name, path, other_path', [
+    ('CotLayer', 'bn', 'conv1x1.1'), ('CoxtLayer', 'bn', 'conv1x1.1'), ('CotBottleneck', 'bn3', 'downsample.1')])
+def test_norms_that_share_statistics(name, path, other_path):
+    module = create(name).train()
+    assert fast_paths(module, name) or not has_kernels()
+    norm, like = module.get_submodule(path), module.get_submodule(other_path)
+    norm.running_mean, norm.running_var = like.running_mean, like.running_var
+    assert kind_around(name, path) not in fast_paths(module, name)
+
+
+@pytest.mark.parametrize('children', [(), (nn.Identity(),)], ids=['nothing', 'identity'])
+def test_shortcut_that_does_nothing(children):
+    torch.manual_seed(0)
+    module = CotBottleneck(64, 16, downsample=nn.Sequential(*children)).train()
+    for memory_format, plain in WAYS:
+        with plain_wing(plain):
+            x = image(5, 64, memory_format=memory_format)
+            assert_training(copy.deepcopy(module), x, expected_training(module, 64), 'shortcut')
+            folded = reparameterize_model(nn.Sequential(copy.deepcopy(module).eval()))
+            with torch.no_grad():
+                assert difference(folded(x), copy.deepcopy(module).double().eval()(x.double())) < TOLERANCE
 
 
 @pytest.mark.parametrize('name, path', CHILDREN)

@@ -81,7 +81,7 @@ def find(module: nn.Module, parts: List[_Part], like: Optional[Tensor], any_floa
     """
     # the parts of a layer are looked at before each pass: by way of dictionaries, as `nn.Module.__getattr__` is slow
     if are_all_watched() or is_patched(module):
-        return 'hooks watch all modules, or a method of all or of this one is another one'
+        return 'hooks watch all modules, or a method of all or of this one, or a function, is another one'
     found, by_path = [module], {}
     if like is not None:
         dtype, device, is_cpu = like.dtype, like.device, like.is_cpu

@@ -1,7 +1,9 @@
 """Who looks at what operators and modules do: only where nobody does may something else take the place of a module."""
-from typing import Callable, List, Optional, Tuple
+import types
+from typing import Callable, List, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._device import DeviceContext
 
@@ -49,15 +51,16 @@ def _is_functorch_active() -> bool:
 
 # methods that a call runs, here or of a CoT layer: replaced ones are no part of what something may stand in for
 _NAMES = ('forward', '_conv_forward', 'contexts', '_concatenate')
-_WRITTEN: List[Tuple[type, str, Optional[Callable]]] = []
+_WRITTEN: List[Tuple[Union[type, types.ModuleType], str, Optional[Callable]]] = []
 
 
-def as_written(cls: type, *names: str) -> None:
-    """Remember methods of a class, which programs replace to see or change what all of its objects do."""
+def as_written(cls: Union[type, types.ModuleType], *names: str) -> None:
+    """Remember methods of a class, or functions, which programs replace to see or change what all objects do."""
     for name in names or [name for name in _NAMES if name in cls.__dict__]:
         method = getattr(cls, name)
         module = getattr(method, '__globals__', {}).get('__name__', '')
-        known = module.startswith(('torch.', __package__.partition('.')[0]))
+        known = type(method) is types.BuiltinFunctionType \
+            or module.startswith(('torch.', __package__.partition('.')[0]))
         _WRITTEN.append((cls, name, method if known else None))  # None: it was replaced before
 
 
@@ -65,10 +68,11 @@ as_written(nn.Module, '__call__', '_call_impl')
 as_written(nn.Conv2d, 'forward', '_conv_forward')
 for _cls in (nn.BatchNorm2d, nn.GroupNorm, nn.ReLU, nn.SiLU, nn.Sequential, nn.Identity):
     as_written(_cls, 'forward')
+as_written(F, 'conv2d', 'batch_norm', 'group_norm', 'relu', 'silu', 'avg_pool2d')  # which those call
 
 
 def are_all_watched() -> bool:
-    """Whether hooks see all modules, or methods of whole classes were replaced."""
+    """Whether hooks see all modules, or methods of whole classes or functions were replaced."""
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks \
             or everywhere._global_backward_pre_hooks:
