@@ -101,6 +101,21 @@ def test_function_of_pytorch(name, monkeypatch):
             assert_same(module, kind, name)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['conv2d', 'group_norm', 'relu', 'silu'])
+def test_function_replaced_after_folding(name, monkeypatch):
+    written = getattr(F, name)
+    for kind in MODULES:
+        folded = reparameterize_model(nn.Sequential(create(kind).eval()))
+        x = image(3, MODULES[kind][1], memory_format=torch.channels_last)
+        before = folded(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, name, lambda *args, **kwargs: 1.25 * written(*args, **kwargs))
+            expected = copy.deepcopy(folded).double()(x.double())
+            assert difference(folded(x), expected) < TOLERANCE
+        assert difference(folded(x), before) == 0
+
+
 @pytest.mark.slow
 def test_method_replaced_before_the_import():
     assert run_python('-c', """

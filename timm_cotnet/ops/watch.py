@@ -54,14 +54,14 @@ _NAMES = ('forward', '_conv_forward', 'contexts', '_concatenate')
 _WRITTEN: List[Tuple[Union[type, types.ModuleType], str, Optional[Callable]]] = []
 
 
-def as_written(cls: Union[type, types.ModuleType], *names: str) -> None:
-    """Remember methods of a class, or functions, which programs replace to see or change what all objects do."""
-    for name in names or [name for name in _NAMES if name in cls.__dict__]:
-        method = getattr(cls, name)
+def as_written(owner: Union[type, types.ModuleType], *names: str) -> None:
+    """Remember methods of a class or functions of a module, which programs replace to see or change what all do."""
+    for name in names or [name for name in _NAMES if name in owner.__dict__]:
+        method = getattr(owner, name)
         module = getattr(method, '__globals__', {}).get('__name__', '')
         known = type(method) is types.BuiltinFunctionType \
             or module.startswith(('torch.', __package__.partition('.')[0]))
-        _WRITTEN.append((cls, name, method if known else None))  # None: it was replaced before
+        _WRITTEN.append((owner, name, method if known else None))  # None: it was replaced before
 
 
 as_written(nn.Module, '__call__', '_call_impl')
@@ -77,8 +77,8 @@ def are_all_watched() -> bool:
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks \
             or everywhere._global_backward_pre_hooks:
         return True
-    for cls, name, method in _WRITTEN:
-        if getattr(cls, name) is not method:
+    for owner, name, method in _WRITTEN:
+        if getattr(owner, name) is not method:
             return True
     return False
 
