@@ -43,7 +43,9 @@ static void norm_affine(const Shape *s, const double *moments, const Parameters 
 }
 
 static void affine_layer(
-        const float *x, long inputs, long outputs, const SCALAR *weight, const SCALAR *bias, float *out) {
+        const float *x, long inputs, long outputs, const SCALAR *weight, const SCALAR *bias, float *out, int threads) {
+    if (inputs * outputs < 1 << 14) threads = 1; /* less than what starting the others takes */
+#pragma omp parallel for num_threads(threads)
     for (long o = 0; o < outputs; o += 4) {
         const SCALAR *row[4];
         for (int j = 0; j < 4; j++) row[j] = weight + (o + j < outputs ? o + j : o) * inputs;
@@ -133,9 +135,9 @@ static void mix_weights(const Shape *s, const Parameters *p, const Part *parts, 
         for (int i = 0; i < slices; i++) sum += parts[i].sums[c];
         pooled[c] = sum / (s->height * s->width);
     }
-    affine_layer(pooled, channels, p->hidden, p->weight1, p->bias1, hidden);
+    affine_layer(pooled, channels, p->hidden, p->weight1, p->bias1, hidden, slices);
     for (long i = 0; i < p->hidden; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
-    affine_layer(hidden, p->hidden, p->logits, p->weight2, p->bias2, logits);
+    affine_layer(hidden, p->hidden, p->logits, p->weight2, p->bias2, logits, slices);
     int paired = p->logits != channels;
     for (long c = 0; c < channels; c++)
         parts->attn[c] = sigmoid(paired ? logits[2 * c + 1] - logits[2 * c] : logits[c]);
