@@ -76,12 +76,12 @@ def test_running_statistics():
 
 @pytest.mark.parametrize('layer_cls', [CotLayer, CoxtLayer])
 def test_little_is_saved(layer_cls):
-    """The input, what the norms get, and the static context."""
+    """The input, and what the norms get."""
     layer = create(layer_cls, dim=64)
     out = train(layer, picture(layer, 2, 16, 16))
     saved = sorted(t.shape[1] for t in out.grad_fn.saved_tensors if t.shape[2:] == (16, 16))
     channels, hidden, filters = layer.dim, layer.embed[0].out_channels, layer.embed[4].num_channels
-    assert saved == sorted([*4 * [channels], hidden, filters])
+    assert saved == sorted([*3 * [channels], hidden, filters])
 
 
 def test_second_derivatives():

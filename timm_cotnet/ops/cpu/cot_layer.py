@@ -1,7 +1,7 @@
 """A CoT layer in training on the CPU, float32 and channels-last: PyTorch's convolutions, and kernels for the rest.
 
 The convolution of two concatenated tensors is the sum of two. Gradients of 1x1 convolutions are products of matrices,
-as in `pointwise.py`. What the second convolution of `embed` gets is computed again, not kept.
+as in `pointwise.py`. What comes out of norms is computed again, not kept.
 """
 from typing import List, Optional, Sequence, Tuple
 
@@ -32,7 +32,7 @@ def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple
     logits = channels_last(F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups))
     value = channels_last(F.conv2d(x, p.value, groups=groups))
     out, *kept = contexts_forward(value, logits, static, _of_contexts(p.rest), s.averages, s.contexts)
-    return out, static_in, static, key_table, hidden_in, first_table, value, logits, *kept
+    return out, static_in, key_table, hidden_in, first_table, value, logits, *kept
 
 
 def layer_backward(
@@ -48,13 +48,15 @@ def layer_backward(
     # hooks may have changed what was saved
     p, groups = grouped([t.float() for t in parameters]), s.contexts.groups
     grad, x, *kept = (channels_last(t.float()) if t.ndim == 4 else t.float().contiguous() for t in (grad, x, *kept))
-    static_in, static, key_table, hidden_in, first_table, value, logits, pooled, attn, *tables = kept
+    static_in, key_table, hidden_in, first_table, value, logits, pooled, attn, *tables = kept
     with torch.autocast('cpu', enabled=False):
+        static, hidden = (
+            torch.addcmul(table[1, :, None, None], t, table[0, :, None, None]).relu_()
+            for t, table in ((static_in, key_table), (hidden_in, first_table)))
         grad_value, grad_logits, grad_static, *rest = contexts_backward(
             grad, value, logits, static, pooled, attn, tables, _of_contexts(p.rest), s.contexts)
         rest.insert(2, grad_logits.sum((0, 2, 3)))
         of_query, of_key = _query_key(p.first, groups)
-        hidden = torch.addcmul(first_table[1, :, None, None], hidden_in, first_table[0, :, None, None]).relu_()
         grad_attn = _filter_grad(grad_logits, hidden, p.attn, groups) if need_attn else None
         grad_hidden, _, *first_grads = batch_norm_backward(
             _input_grad(grad_logits, p.attn, groups), hidden_in, p.first_weight, p.first_bias, first_table, s.first_eps)
@@ -87,7 +89,7 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
 
     new = x.new_empty
     return [
-        images(C), images(C), new(4, C), images(hidden), new(4, hidden), images(C), images(N), new(B, C, 1, 1),
+        images(C), new(4, C), images(hidden), new(4, hidden), images(C), images(N), new(B, C, 1, 1),
         new(B, C, 1, 1), new(4, C), new(4, B, N), new(4, C)]
 
 
