@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_cotnet.ops.cpu.local_conv import local_conv, local_conv_backward
+from timm_cotnet.ops.cpu.local_conv import empty_like, local_conv, local_conv_backward
 from timm_cotnet.ops.reference import local_conv_reference
 
 from helpers import needs_kernels, threads_set
@@ -136,3 +136,12 @@ def test_what_is_not_finite_stays_where_it_is():
         x[0, 3, 2, 2], weight[1, 1, 4, 0, 0] = float('nan'), float('inf')
         out, expected = local_conv(x, weight, 3, 1), local_conv_reference(x.double(), weight.double())
     assert torch.equal(out.isfinite(), expected.isfinite()) and not out.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(2, 16, 5, 6), (1, 8, 1, 1), (0, 16, 5, 6)])
+def test_empty_like(shape, dtype):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    out = empty_like(x)
+    assert (out.shape, out.stride(), out.dtype) == (x.shape, x.stride(), dtype) and not out._is_view()
+    assert out.untyped_storage().nbytes() >= x.numel() * x.element_size() + 112

@@ -59,7 +59,7 @@ class Pointwise(torch.autograd.Function):
         rows = grad.permute(0, 2, 3, 1)  # (B, H', W', C)
         with torch.autocast(grad.device.type, enabled=False):
             if wants_x and ctx.stride == (1, 1):
-                grad_x = _add_product(rows, weight.flatten(1), grad_shortcut)
+                grad_x = add_product(rows, weight.flatten(1), grad_shortcut)
             elif wants_x:
                 grad_x = _strided_grad(grad, x, weight, ctx.stride)
             if wants_weight:
@@ -72,7 +72,7 @@ class Pointwise(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum((0, 1, 2)) if wants_bias else None, None, None
 
 
-def _add_product(rows: Tensor, matrix: Tensor, addend: Optional[Tensor]) -> Tensor:
+def add_product(rows: Tensor, matrix: Tensor, addend: Optional[Tensor]) -> Tensor:
     """(B, H, W, C) @ (C, C_in) + addend: (B, C_in, H, W), over an addend that is dense in channels-last."""
     if addend is None or wants_plain(rows, addend) or not addend.is_contiguous(memory_format=torch.channels_last):
         out = (rows @ matrix).permute(0, 3, 1, 2)

@@ -14,7 +14,7 @@ from ..batch_norm import Averages, averages_of
 from ..watch import untraced, wants_plain
 from .build import call
 from .contexts import Norm
-from .local_conv import Shape, channels_last
+from .local_conv import Shape, channels_last, empty_like
 
 
 class _BatchNorm(ctypes.Structure):
@@ -95,7 +95,7 @@ def batch_norm_forward(
         residual: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """`train_batch_norm` without a gradient, and what its backward needs: (4, C)."""
-    out, table = torch.empty_like(x), x.new_empty(4, x.shape[1])
+    out, table = empty_like(x), x.new_empty(4, x.shape[1])
     norm = Norm(eps, averages.momentum, table, weight=weight, bias=bias, running_mean=averages.mean,
                 running_var=averages.var)
     _BatchNorm(norm, relu, x, residual=residual, out=out).call('batch_norm_forward')
@@ -115,8 +115,8 @@ def batch_norm_backward(
         wants_x: bool = True,
 ) -> Tuple[Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
     """Gradients of x, of the residual, of weight and bias; out is what came out if there was a residual before ReLU."""
-    grad_x = torch.empty_like(x) if wants_x else None
-    grad_residual = None if out is None else torch.empty_like(x)
+    grad_x = empty_like(x) if wants_x else None
+    grad_residual = None if out is None else empty_like(x)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     norm = Norm(eps, 0., table, weight=weight, bias=bias, grad_weight=grad_weight, grad_bias=grad_bias)
     _BatchNorm(

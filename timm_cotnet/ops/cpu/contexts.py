@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import contexts as definition  # the module, as it may be on its way to import this one
 from ..batch_norm import Averages
 from .build import call, num_threads
-from .local_conv import Shape, channels_last
+from .local_conv import Shape, channels_last, empty_like
 
 
 class _Folded(ctypes.Structure):
@@ -131,7 +131,7 @@ def contexts_forward(
     """
     B, C = value.shape[:2]
     tables = value.new_empty(4, C), value.new_empty(4, B, logits.shape[1]), value.new_empty(4, C)
-    out, pooled = torch.empty_like(value), value.new_empty(B, C, 1, 1)
+    out, pooled = empty_like(value), value.new_empty(B, C, 1, 1)
     weights, biases = parameters[:6:2], parameters[1:6:2]
     of_value, of_dynamic, of_mix = averages
     norms = [
@@ -162,9 +162,9 @@ def contexts_backward(
         s: 'definition.ContextsSettings',
 ) -> List[Tensor]:
     """Gradients of value, logits, static and the parameters; all are dense."""
-    out, grad_attn = torch.empty_like(value), torch.empty_like(attn)
+    out, grad_attn = empty_like(value), torch.empty_like(attn)
     act_sums = value.new_empty(value.shape[0], 5, value.shape[1], dtype=torch.float64)
-    grad_static, grad_value, grad_logits = (torch.empty_like(t) for t in (static, value, logits))
+    grad_static, grad_value, grad_logits = map(empty_like, (static, value, logits))
     norm_grads = [torch.empty_like(p) for p in parameters[:6]]
     norms = [
         Norm(eps, 0., tables[i], weight=parameters[2 * i], bias=parameters[2 * i + 1],

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import contexts as definition  # the module, as it may be on its way to import this one
 from ..compiled import LayerOperator
-from ..cot_layer import Settings, TrainingParameters, grouped
+from ..cot_layer import Settings, grouped
+from ..pointwise import add_product
 from .batch_norm import batch_norm_backward, batch_norm_forward
 from .contexts import contexts_backward, contexts_forward
 from .local_conv import channels_last
@@ -31,7 +32,8 @@ def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple
     hidden, first_table = batch_norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
     logits = channels_last(F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups))
     value = channels_last(F.conv2d(x, p.value, groups=groups))
-    out, *kept = contexts_forward(value, logits, static, _of_contexts(p.rest), s.averages, s.contexts)
+    # all parameters but conv_bias, which the convolution has added
+    out, *kept = contexts_forward(value, logits, static, [*p.rest[:2], *p.rest[3:]], s.averages, s.contexts)
     return out, static_in, key_table, hidden_in, first_table, value, logits, *kept
 
 
@@ -54,7 +56,7 @@ def layer_backward(
             torch.addcmul(table[1, :, None, None], t, table[0, :, None, None]).relu_()
             for t, table in ((static_in, key_table), (hidden_in, first_table)))
         grad_value, grad_logits, grad_static, *rest = contexts_backward(
-            grad, value, logits, static, pooled, attn, tables, _of_contexts(p.rest), s.contexts)
+            grad, value, logits, static, pooled, attn, tables, [*p.rest[:2], *p.rest[3:]], s.contexts)
         rest.insert(2, grad_logits.sum((0, 2, 3)))
         of_query, of_key = _query_key(p.first, groups)
         grad_attn = _filter_grad(grad_logits, hidden, p.attn, groups) if need_attn else None
@@ -96,10 +98,6 @@ def like_kept(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> List[Tens
 train_cot_layer = LayerOperator('train_cot_layer_on_cpu', layer_forward, layer_backward, like_kept)
 
 
-def _of_contexts(rest: TrainingParameters) -> 'definition.ContextsParameters':
-    return definition.ContextsParameters(*rest[:2], *rest[3:])
-
-
 def _query_key(weight: Tensor, groups: int) -> Sequence[Tensor]:
     """Filters for two tensors, instead of for their concatenation or, with groups, their channels in turn."""
     return weight.split(weight.shape[1] // 2, 1) if groups == 1 else (weight[:, 0::2], weight[:, 1::2])
@@ -107,12 +105,8 @@ def _query_key(weight: Tensor, groups: int) -> Sequence[Tensor]:
 
 def _input_grad(grad: Tensor, weight: Tensor, groups: int, addend: Optional[Tensor] = None) -> Tensor:
     """Gradient of the input of a 1x1 convolution; the sum is written over addend."""
-    if groups == 1 and addend is not None:
-        _rows(addend).addmm_(_rows(grad), weight.flatten(1))
-        return addend
     if groups == 1:
-        B, _, H, W = grad.shape
-        return (_rows(grad) @ weight.flatten(1)).view(B, H, W, -1).permute(0, 3, 1, 2)
+        return add_product(grad.permute(0, 2, 3, 1), weight.flatten(1), addend)
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *grad.shape[2:])
     out = channels_last(_gradients(grad, x, weight, groups, [True, False, False])[0])
     return out if addend is None else addend.add_(out)
