@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import prune
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.cotnet import CotBottleneck
 from timm_cotnet.deploy import FoldedStem, Stage
+from timm_cotnet.layers import AvgPool2d
 from timm_cotnet.ops import conditions
 from timm_cotnet.ops.dispatch import Choice, choose_local_conv, recorded, stand_in
+from timm_cotnet.ops.gpu.stand_ins import padded_pool
 
 from helpers import Lora, create, difference, image, plain_wing, shaken
 
@@ -328,6 +331,16 @@ def test_memory_formats_of_blocks_in_evaluation_on_a_gpu(folded, monkeypatch):
     assert why_not(block, x) is why_not(block, x.contiguous()) is None
     block.to(memory_format=torch.channels_last)
     assert why_not(block, x) is None and 'not channels-last, but filters are' in why_not(block, x.contiguous())
+
+
+def test_pools_on_a_gpu(monkeypatch):
+    """A replaced function is called, by the stand-in whose gradient is right."""
+    monkeypatch.setattr(conditions, 'why_not_triton', lambda x: None)
+    pool, x, written = AvgPool2d(3, 2, 1), channels_last(2, 8, 6, 7), F.avg_pool2d
+    assert conditions.why_not_pool(pool, x) is conditions.why_not_padded_pool(pool, x) is None
+    monkeypatch.setattr(F, 'avg_pool2d', lambda *args: 2 * written(*args))
+    assert 'were replaced' in conditions.why_not_pool(pool, x) and conditions.why_not_padded_pool(pool, x) is None
+    assert torch.equal(padded_pool(pool, x), 2 * written(x, 3, 2, 1))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import onednn, parts
 from .gpu.local_conv import why_not_triton
 from .parts import FLOATS, Found, FoundBlock, find, has_bias, is_plain
-from .watch import is_traced, is_watched, needs_plain_graph
+from .watch import are_all_watched, is_traced, is_watched, needs_plain_graph
 
 try:
     cpu = importlib.import_module('.cpu', __package__)  # the only import of that folder, without which all works
@@ -459,8 +459,12 @@ def _find_bottleneck(block: nn.Module, x: Tensor, any_float: bool = False, any_f
 
 def why_not_pool(module: nn.Module, x: Tensor) -> Optional[str]:
     """Why no kernel pools x, of any mode."""
-    return why_not_padded_pool(module, x, any_padding=True) or (
-        'the kernels have no forward-mode derivative' if forward_ad._current_level >= 0 else why_not_triton(x))
+    reason = why_not_padded_pool(module, x, any_padding=True)
+    if reason is None and forward_ad._current_level >= 0:
+        reason = 'the kernels have no forward-mode derivative'
+    if reason is None and are_all_watched():
+        reason = 'hooks see all modules, or functions that they call were replaced'
+    return reason or why_not_triton(x)
 
 
 def why_not_padded_pool(module: nn.Module, x: Tensor, any_padding: bool = False) -> Optional[str]:
