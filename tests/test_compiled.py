@@ -1,5 +1,7 @@
 """What compiled graphs hold on the CPU: operators of this package where there are kernels, with equal results."""
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -7,10 +9,11 @@ import torch
 from golden import filled
 from helpers import (
     MODULES, assert_parts_are_as_pytorch_wants_them, create, difference, image, needs_cpp_compiler,
-    needs_export_flag, needs_kernels, needs_onednn)
+    needs_export_flag, needs_kernels, needs_onednn, run_python)
 from timm.utils import reparameterize_model
 from torch._dynamo import compiled_autograd
 
+import timm_cotnet
 from timm_cotnet import CotLayer, local_conv
 from timm_cotnet.ops import conditions, cot_layer
 from timm_cotnet.ops.compiled import arguments_of
@@ -84,6 +87,33 @@ def test_training(name, memory_format, backend):
 @pytest.mark.parametrize('name', ['CotLayer', 'CoxtLayer'])
 def test_training_by_inductor(name):
     assert_trains_like_plain(name, image(4, 32, memory_format=torch.channels_last))
+
+
+@pytest.mark.slow
+@needs_cpp_compiler
+def test_graphs_on_disk_are_of_this_version(tmp_path):
+    """PyTorch's cache of compiled graphs outlives a version of this package that kept other tensors."""
+    package = Path(timm_cotnet.__file__).parent
+    other = shutil.copytree(package, tmp_path / 'other' / 'timm_cotnet', ignore=shutil.ignore_patterns('__pycache__'))
+    path = other / 'ops' / 'cpu' / 'cot_layer.py'
+    source = path.read_text()
+    for before, after in (
+            ('return out, static_in', 'return out, x.new_zeros(2), static_in'),
+            ('    static_in, key_table', '    _, static_in, key_table'),
+            ('        images(C), new(4, C)', '        new(2), images(C), new(4, C)')):
+        assert before in source
+        source = source.replace(before, after)
+    path.write_text(source)
+    code = '''
+import torch
+import timm_cotnet
+layer, x = timm_cotnet.CotLayer(16), torch.randn(4, 16, 5, 6).contiguous(memory_format=torch.channels_last)
+torch.compile(layer, fullgraph=True)(x).sum().backward()
+print(timm_cotnet.__file__)
+'''
+    for folder in (other.parent, package.parent):
+        env = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'graphs'), 'PYTHONPATH': str(folder)}
+        assert Path(run_python('-c', code, env=env, cwd=tmp_path).split()[-1]).parents[1] == folder
 
 
 def test_a_layer_is_one_operator():

@@ -9,6 +9,8 @@ These are all that is left when the gradient has been traced. As PyTorch has no 
 as `torch.library.custom_op` is not what defines them, a call of them enters Python once instead of twice.
 """
 import functools
+import zlib
+from pathlib import Path
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
@@ -20,6 +22,9 @@ from .cot_layer import Settings, TrainCotLayer, parameters_of, settings_of
 
 _NUMBERS = 'int[] sizes, float[] numbers'
 _NORMS = 5
+# of the sources: a number in each graph, as PyTorch keeps compiled graphs on disk, where they outlive versions of this
+# package, which may keep other tensors for the gradient
+_VERSION = zlib.crc32(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob('*.py'))))
 
 
 class LayerOperator:
@@ -118,7 +123,8 @@ def _run_backward_fake(grad, x, parameters, kept, needed, *numbers):
 def _numbers(s: Settings, norms: Sequence[Averages]) -> Tuple[List[int], List[float]]:
     """Settings as an operator takes them."""
     c = s.contexts
-    sizes = [c.kernel_size, c.dilation, c.groups, c.num_filters, s.key_groups, *s.key_padding, *s.key_dilation]
+    sizes = [
+        c.kernel_size, c.dilation, c.groups, c.num_filters, s.key_groups, *s.key_padding, *s.key_dilation, _VERSION]
     eps = [s.key_eps, s.first_eps, c.value_eps, c.filter_eps, c.eps, c.se_eps]
     return sizes, [*eps, *(norm.momentum for norm in norms)]
 
@@ -138,7 +144,7 @@ def _settings(x: Tensor, numbers: Tuple[Any, Any], averages: Optional[Sequence[T
 
 @functools.lru_cache(maxsize=256)
 def _settings_without_averages(sizes: Tuple[int, ...], values: Tuple[float, ...], dtype: torch.dtype) -> Settings:
-    *sizes, key_groups, top, left, down, right = sizes
+    *sizes, key_groups, top, left, down, right, _ = sizes
     key_eps, first_eps, *eps = values[:-_NORMS]
     contexts = definition.ContextsSettings(*sizes, *eps)
     return Settings(contexts, key_groups, (top, left), (down, right), key_eps, first_eps, None, None, (), dtype)
