@@ -88,8 +88,8 @@ def mix_contexts(dynamic: Tensor, static: Tensor, attn: Tensor, paired: bool = T
     Args:
         dynamic: Dynamic context, (B, C, H, W).
         static: Static context, (B, C, H, W).
-        attn: Logits, of dynamic and static in turn for each channel, (B, 2 * C, 1, 1); or if not paired by how much that
-            of static is larger, (B, C, 1, 1).
+        attn: Logits, of dynamic and static in turn for each channel, (B, 2 * C, 1, 1); or if not paired by how much
+            that of static is larger, (B, C, 1, 1).
         paired: Whether there are two logits for each channel.
 
     Returns:
