@@ -298,7 +298,7 @@ print(torch.empty(30 << 20, dtype=torch.uint8).data_ptr() < end_of_heap(0))
     assert run(code).strip() == 'True'
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other allocators find blocks that just fit')
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc alone is known to pass over blocks that just fit')
 def test_freed_memory_is_found():
     """A tensor takes the memory that one of its size has left between others. Plain ones do so now and then."""
     code = '''

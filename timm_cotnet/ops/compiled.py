@@ -24,7 +24,7 @@ _NUMBERS = 'int[] sizes, float[] numbers'
 _NORMS = 5
 # of the sources: a number in each graph, as PyTorch keeps compiled graphs on disk, where they outlive versions of this
 # package, which may keep other tensors for the gradient
-_VERSION = zlib.crc32(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob('*.py'))))
+_CHECKSUM = zlib.crc32(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob('*.py'))))
 
 
 class LayerOperator:
@@ -124,7 +124,7 @@ def _numbers(s: Settings, norms: Sequence[Averages]) -> Tuple[List[int], List[fl
     """Settings as an operator takes them."""
     c = s.contexts
     sizes = [
-        c.kernel_size, c.dilation, c.groups, c.num_filters, s.key_groups, *s.key_padding, *s.key_dilation, _VERSION]
+        c.kernel_size, c.dilation, c.groups, c.num_filters, s.key_groups, *s.key_padding, *s.key_dilation, _CHECKSUM]
     eps = [s.key_eps, s.first_eps, c.value_eps, c.filter_eps, c.eps, c.se_eps]
     return sizes, [*eps, *(norm.momentum for norm in norms)]
 
@@ -144,7 +144,7 @@ def _settings(x: Tensor, numbers: Tuple[Any, Any], averages: Optional[Sequence[T
 
 @functools.lru_cache(maxsize=256)
 def _settings_without_averages(sizes: Tuple[int, ...], values: Tuple[float, ...], dtype: torch.dtype) -> Settings:
-    *sizes, key_groups, top, left, down, right, _ = sizes
+    *sizes, key_groups, top, left, down, right, _checksum = sizes
     key_eps, first_eps, *eps = values[:-_NORMS]
     contexts = definition.ContextsSettings(*sizes, *eps)
     return Settings(contexts, key_groups, (top, left), (down, right), key_eps, first_eps, None, None, (), dtype)

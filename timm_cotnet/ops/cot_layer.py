@@ -29,6 +29,11 @@ class TrainingParameters(NamedTuple):
     se_weight2: Tensor  # (2 * C, A, 1, 1), its second convolution
     se_bias2: Tensor
 
+    @property
+    def of_contexts(self) -> 'definition.ContextsParameters':
+        """All but conv_bias, where the convolution has added it."""
+        return definition.ContextsParameters(*self[:2], *self[3:])
+
 
 class Parameters(NamedTuple):
     """Parameters of a layer: of what makes static context, filters and values, and those of `contexts`."""
@@ -104,8 +109,7 @@ def cot_layer(x: Tensor, *parameters: Tensor, s: Settings) -> Tensor:
     hidden = F.relu(F.batch_norm(hidden, None, None, p.first_weight, p.first_bias, True, 0., s.first_eps))
     logits = F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups)
     value = F.conv2d(x, p.value, groups=groups)
-    rest = definition.ContextsParameters(*p.rest[:2], *p.rest[3:])
-    return definition.contexts(value, logits, static, rest, s.contexts)
+    return definition.contexts(value, logits, static, p.rest.of_contexts, s.contexts)
 
 
 class TrainCotLayer(torch.autograd.Function):

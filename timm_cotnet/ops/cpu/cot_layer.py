@@ -32,8 +32,7 @@ def layer_forward(x: Tensor, parameters: Sequence[Tensor], s: Settings) -> Tuple
     hidden, first_table = batch_norm_forward(hidden_in, p.first_weight, p.first_bias, s.first_averages, s.first_eps)
     logits = channels_last(F.conv2d(hidden, p.attn, p.rest.conv_bias, groups=groups))
     value = channels_last(F.conv2d(x, p.value, groups=groups))
-    # all parameters but conv_bias, which the convolution has added
-    out, *kept = contexts_forward(value, logits, static, [*p.rest[:2], *p.rest[3:]], s.averages, s.contexts)
+    out, *kept = contexts_forward(value, logits, static, p.rest.of_contexts, s.averages, s.contexts)
     return out, static_in, key_table, hidden_in, first_table, value, logits, *kept
 
 
@@ -56,7 +55,7 @@ def layer_backward(
             torch.addcmul(table[1, :, None, None], t, table[0, :, None, None]).relu_()
             for t, table in ((static_in, key_table), (hidden_in, first_table)))
         grad_value, grad_logits, grad_static, *rest = contexts_backward(
-            grad, value, logits, static, pooled, attn, tables, [*p.rest[:2], *p.rest[3:]], s.contexts)
+            grad, value, logits, static, pooled, attn, tables, p.rest.of_contexts, s.contexts)
         rest.insert(2, grad_logits.sum((0, 2, 3)))
         of_query, of_key = _query_key(p.first, groups)
         grad_attn = _filter_grad(grad_logits, hidden, p.attn, groups) if need_attn else None
