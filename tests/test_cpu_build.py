@@ -1,5 +1,6 @@
 """How the C kernels are compiled, kept and loaded, and what they withstand: forks, threads, small stacks, no memory."""
 import ctypes
+import errno
 import logging
 import os
 import platform
@@ -173,6 +174,18 @@ def test_success_makes_a_failure_forgotten(fresh, monkeypatch):
     monkeypatch.setenv('TIMM_COTNET_NATIVE', '1')
     load_again()
     assert sorted(path.suffix for path in fresh.iterdir()) == ['.sha256', '.so']
+
+
+def test_too_many_processes(fresh, monkeypatch):
+    """The next process may be luckier."""
+    def fail(*args, **kwargs):
+        raise BlockingIOError(errno.EAGAIN, 'fork failed')
+
+    monkeypatch.setattr(subprocess, 'run', fail)
+    assert 'too many processes' in build.load(DTYPE) and not list(fresh.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(fresh.parent))
+    assert isinstance(load_again(), ctypes.CDLL)
 
 
 def test_without_a_compiler(fresh, monkeypatch):

@@ -35,8 +35,8 @@ _KERNELS[torch.float32] = {
     **_KERNELS[torch.bfloat16], 'local_conv_backward': 6, 'contexts_forward': 1, 'contexts_mix': 1,
     'contexts_recompute': 1, 'contexts_backward': 1, 'batch_norm_forward': 1, 'batch_norm_backward': 1}
 _DEFINES = {torch.float32: [], torch.bfloat16: ['-DBFLOAT16']}
-_FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fPIC']
-_X86_FLAGS = ['-mprefer-vector-width=512']
+_FLAGS = ['-O3', '-std=gnu11', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fPIC',
+          *(['-mprefer-vector-width=512'] if platform.machine() in ('x86_64', 'AMD64') else [])]
 
 _PROCESS = os.getpid()
 _LARGEST_IN_HEAP = (32 << 20) - (64 << 10)  # bytes: glibc's limit (mallopt(3)), less what it adds to each block
@@ -102,9 +102,7 @@ def _cached_library(dtype: torch.dtype, retry: bool) -> ctypes.CDLL:
     programs = [path for path in map(shutil.which, compiler) if path is not None]
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f'there is no C compiler {compiler[0]!r}; install one or set CC')
-    flags = [
-        *_FLAGS, *(_X86_FLAGS if platform.machine() in ('x86_64', 'AMD64') else []), *_DEFINES[dtype],
-        *shlex.split(os.environ.get('TIMM_COTNET_CFLAGS', ''))]
+    flags = [*_FLAGS, *_DEFINES[dtype], *shlex.split(os.environ.get('TIMM_COTNET_CFLAGS', ''))]
     sources = [_FOLDER / name for name in _SOURCES[dtype]]
     runtime = _openmp_runtime()
     key = [
@@ -161,7 +159,10 @@ def _compile(
 
 
 def _run(command: List[str], folder: Path) -> None:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors='replace', timeout=300)
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors='replace', timeout=300)
+    except BlockingIOError as error:  # no failure of the compiler, to be remembered or to be tried without OpenMP
+        raise RuntimeError(f'{command[0]} cannot be started, as there are too many processes') from error
     if result.returncode != 0:
         raise OSError(f'{command[0]} failed with exit code {result.returncode}: {result.stderr[-500:].strip()}')
 
