@@ -1,10 +1,13 @@
 """What is launched again is what Triton launched at first: checked with a driver that only listens."""
 import contextlib
 import ctypes
+import functools
 import re
+import shutil
 import threading
 from concurrent.futures import wait
 from types import SimpleNamespace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +24,9 @@ from timm_cotnet.ops.gpu.stand_ins import (
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 compiler = pytest.importorskip('triton.compiler', reason='this Triton has no compiler')
 backends = pytest.importorskip('triton.backends.compiler', reason='this Triton has no compiler')
-pytestmark = pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing'),
+    pytest.mark.skipif(not any(map(shutil.which, ('cc', 'gcc', 'clang'))), reason='there is no C compiler')]
 
 FUNCTION, STREAM, SHARED = 0x7f1234567890, 0x7fabcdef0120, 2560
 
@@ -39,12 +44,14 @@ class Launch(NamedTuple):
 
 class Driver:
     """In place of `libcuda.so.1`: a C function that tells what it is called with."""
+    made = []  # what one test records is launched again in others
 
     def __init__(self, arguments=6):
         self.launches, self.codes, number, pointer = [], [], ctypes.c_uint, ctypes.c_void_p
         self.arguments = arguments
         self.cuLaunchKernel = ctypes.CFUNCTYPE(
             ctypes.c_int, pointer, *[number] * 7, pointer, ctypes.POINTER(pointer), pointer)(self._launch)
+        self.made.append(self)
 
     def _launch(self, function, *args):
         *sizes, shared, stream, addresses, extra = args
@@ -78,11 +85,18 @@ class Forgetful(dict):
         pass
 
 
+compiled_launches = functools.lru_cache(launch.compiled_launches)
+
+
+def launcher_of(driver):
+    return launch.Launcher(compiled_launches(), ctypes.cast(driver.cuLaunchKernel, ctypes.c_void_p).value)
+
+
 @pytest.fixture
 def driver(monkeypatch):
     """A function that is recorded is launched by Triton here, whatever was compiled before."""
     found = Driver()
-    monkeypatch.setattr(launch, '_driver', lambda: found)
+    monkeypatch.setattr(launch, '_launcher', lambda: launcher_of(found))
     monkeypatch.setattr(launch, '_entries', Forgetful())
     monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: STREAM, raising=False)
     return found
@@ -168,21 +182,21 @@ def test_layouts_are_kept(driver):
 
 def test_each_thread_has_arguments_of_its_own(driver, monkeypatch):
     """The driver reads them while another thread may launch."""
-    kernel, x, y, seen = Kernel(), numbers(), numbers(), []
+    class Slow(Driver):
+        def _launch(self, *args):
+            if not self.threads:
+                self.threads.append(threading.Thread(target=function, args=(y, None)))
+                self.threads[0].start()
+                self.threads[0].join()
+            return super()._launch(*args)
 
-    def start(*args):
-        if not seen:
-            seen.append(args[-2])
-            thread = threading.Thread(target=function, args=(y, None))
-            thread.start()
-            thread.join()
-        return driver.cuLaunchKernel(*args)
-
-    monkeypatch.setattr(launch, '_driver', lambda: SimpleNamespace(cuLaunchKernel=start))
+    kernel, x, y, slow = Kernel(), numbers(), numbers(), Slow()
+    slow.threads = []
+    monkeypatch.setattr(launch, '_launcher', lambda: launcher_of(slow))
     function = function_of(kernel)
     for _ in range(2):
         function(x, None)
-    assert [found.arguments[0] == t.data_ptr() for found, t in zip(driver.launches[::2], (y, x))] == [True, True]
+    assert [found.arguments[0] == t.data_ptr() for found, t in zip(slow.launches[::2], (y, x))] == [True, True]
 
 
 # What is recorded anew
@@ -366,7 +380,7 @@ def test_kernels_that_need_more(driver, metadata, monkeypatch):
     if metadata.pop('hip', False):
         monkeypatch.setattr(torch.version, 'hip', '6.0')
     if metadata.pop('no_driver', False):
-        monkeypatch.setattr(launch, '_driver', lambda: None)
+        monkeypatch.setattr(launch, '_launcher', lambda: None)
     kernel = Kernel(**metadata)
     function = function_of(kernel)
     for _ in range(2):
@@ -594,15 +608,73 @@ def _pattern(calls):
 # The library, and what the compiler makes
 
 
-def test_the_library(monkeypatch):
-    listening = Driver(arguments=8)
-    monkeypatch.setattr(ctypes, 'CDLL', {'libcuda.so.1': listening}.__getitem__)
-    library = launch._driver.__wrapped__()
-    memory = (ctypes.c_uint64 * 8)(*range(8))
-    addresses = (ctypes.c_void_p * 8)(*[ctypes.addressof(memory) + 8 * i for i in range(8)])
-    assert library.cuLaunchKernel(FUNCTION, 2 ** 31 - 1, 1, 1, 128, 1, 1, SHARED, STREAM, addresses, None) == 0
+@pytest.mark.parametrize('compiler', ['', 'env -u NOTHING cc', 'there-is-no-such-compiler'])
+def test_the_library(compiler, monkeypatch):
+    monkeypatch.setenv('CC', compiler)
+    launch_kernels, listening = launch.compiled_launches(), Driver(arguments={FUNCTION: 3, FUNCTION + 1: 5})
+    launches = (ctypes.c_int64 * 22)(
+        FUNCTION, 2 ** 31 - 1, 128, SHARED, 3, -1, -2, 1, 16, 0, 0, FUNCTION + 1, 1, 1024, 0, 3, -1, 2 ** 31 - 1, 0, 8)
+    begins = (ctypes.c_int64 * 2)(2 ** 47 - 256, 4096)
+    driver = ctypes.cast(listening.cuLaunchKernel, ctypes.c_void_p)
+    assert launch_kernels(driver, launches, begins, STREAM, 2) == 0
     assert listening.launches == [
-        Launch(FUNCTION, (2 ** 31 - 1, 1, 1), (128, 1, 1), SHARED, STREAM, list(range(8)), None)]
+        Launch(FUNCTION, (2 ** 31 - 1, 1, 1), (128, 1, 1), SHARED, STREAM, [2 ** 64 - 2, 4112, 2 ** 47 - 256], None),
+        Launch(FUNCTION + 1, (1, 1, 1), (1024, 1, 1), 0, STREAM, [2 ** 31 - 1, 2 ** 47 - 248, 2 ** 47 - 256, 0, 0],
+               None)]
+    for codes, code, count in (([700], 700, 1), ([0, 700], -700, 2)):
+        listening.launches.clear()
+        listening.codes = codes
+        assert launch_kernels(driver, launches, begins, STREAM, 2) == code
+        assert len(listening.launches) == count
+
+
+def test_the_driver(monkeypatch):
+    listening, load = Driver(), ctypes.CDLL
+    monkeypatch.setattr(ctypes, 'CDLL', lambda name: listening if name == 'libcuda.so.1' else load(name))
+    launcher = launch._launcher.__wrapped__()
+    assert launcher.driver == ctypes.cast(listening.cuLaunchKernel, ctypes.c_void_p).value
+    monkeypatch.setattr(launch, '_launcher', lambda: launcher)
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: STREAM, raising=False)
+    assert launch._start(launch.Entry(None, FUNCTION, 64, SHARED), 7, [2 ** 47, -1], 0) == 0
+    assert listening.launches == [
+        Launch(FUNCTION, (7, 1, 1), (64, 1, 1), SHARED, STREAM, [2 ** 47, 2 ** 64 - 1, 0, 0, 0, 0], None)]
+
+
+@pytest.mark.parametrize('missing, reason', [
+    ('driver', ''), ('compiler', 'there is no C compiler; install one or set CC'), ('source', 'exit code')])
+def test_what_is_missing(missing, reason, monkeypatch, caplog):
+    """Triton launches each kernel then, and the log says why where that is no matter of course."""
+    caplog.set_level('INFO', 'timm_cotnet')
+    library = ctypes.CDLL
+    if missing != 'driver':  # where there is none this fails by itself
+        monkeypatch.setattr(ctypes, 'CDLL', lambda name: Driver() if name == 'libcuda.so.1' else library(name))
+    else:
+        monkeypatch.setattr(ctypes, 'CDLL', lambda name: library('no-such-library.so'))
+    if missing == 'compiler':
+        monkeypatch.setattr(shutil, 'which', lambda program: None)
+    if missing == 'source':
+        monkeypatch.setattr(launch, '__file__', '/nowhere/launch.py')
+    assert launch._launcher.__wrapped__() is None
+    assert reason in caplog.text and bool(caplog.text) == bool(reason)
+
+
+@pytest.mark.parametrize('count', [61, 62, 63])
+def test_many_arguments(count, driver):
+    """As many as there is room for in C, less two that a kernel may have besides."""
+    source = Path(launch.__file__).with_name('launches.c').read_text()
+    assert int(re.search(r'MOST_ARGUMENTS = (\d+)', source)[1]) == launch._MOST_ARGUMENTS == 64
+    driver.arguments, kernel = count + 2 if count < 63 else 0, Kernel()
+
+    @repeated()
+    def function(x):
+        launch.launch(kernel, (1,), x, *range(count - 1))
+
+    for _ in range(2):
+        function(numbers())
+    assert len(kernel.by_triton) == (1 if count < 63 else 2)
+    for found in driver.launches:
+        assert found.arguments[1:] == [*range(count - 1), 0, 0]
+    assert len(driver.launches) == (count < 63)
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ _NUMBERS = 'int[] sizes, float[] numbers'
 _NORMS = 5
 # of the sources: a number in each graph, as PyTorch keeps compiled graphs on disk, where they outlive versions of this
 # package, which may keep other tensors for the gradient
-_CHECKSUM = zlib.crc32(b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob('*.py'))))
+_CHECKSUM = zlib.crc32(b''.join(
+    path.read_bytes() for kind in ('*.py', '*.[ch]') for path in sorted(Path(__file__).parent.rglob(kind))))
 
 
 class LayerOperator:

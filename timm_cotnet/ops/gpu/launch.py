@@ -1,7 +1,8 @@
 """Launches of Triton kernels: what a function launches is recorded once, and from then on launched without running it.
 
 A launch by Triton takes fifty microseconds of the host, which is more than most kernels take of a GPU, and what
-surrounds it in Python as much again. `cuLaunchKernel` of the CUDA driver takes about eight.
+surrounds it in Python as much again. `cuLaunchKernel` of the CUDA driver takes about eight, and less where C code
+(`launches.c`) calls it for all that a function launches.
 
 For that a function runs up to twice when it is called for a size that is new: as `Planned`, on tensors without memory,
 to have all its kernels compiled at once, and as `Recording`, which launches them; from then on it is a `Repeat`.
@@ -9,13 +10,19 @@ to have all its kernels compiled at once, and as `Recording`, which launches the
 import contextlib
 import ctypes
 import functools
+import logging
 import os
+import shlex
+import shutil
 import struct
+import subprocess
+import tempfile
 import threading
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -23,6 +30,7 @@ from torch import Tensor
 
 from .walks import VECTOR
 
+_logger = logging.getLogger('timm_cotnet')
 _of_thread = threading.local()  # what is recorded there; a backward runs in another thread
 
 
@@ -239,35 +247,53 @@ def _span(tensor: Tensor) -> int:
 def entry_of(compiled: Any, args: Sequence, count: int) -> Optional[Entry]:
     """That of a kernel that needs nothing more to be launched with as many tensors.
 
-    None on other GPUs than NVIDIA's, in Triton's interpreter, and with integers of 64 bits.
+    None on other GPUs than NVIDIA's, in Triton's interpreter, without a C compiler, and with integers of 64 bits.
 
-    The driver takes the addresses of a kernel's arguments, and reads as many as it has. Behind those of its source
-    these may be two pointers to memory for the kernel to work in, of which none is needed.
+    Behind the arguments of its source a kernel may have two pointers to memory to work in, of which none is needed.
     """
-    if not hasattr(compiled, 'packed_metadata') or torch.version.hip is not None or _driver() is None:
+    if not hasattr(compiled, 'packed_metadata') or torch.version.hip is not None or _launcher() is None:
         return None
     metadata = compiled.metadata
     types = [kind for kind in compiled.src.signature.values() if kind != 'constexpr']
     if [kind[:1] for kind in types] != ['*'] * count + ['i'] * (len(args) - count) or set(types[count:]) - {'i32'} \
-            or getattr(metadata, 'num_ctas', 1) != 1 \
+            or len(args) + 2 > _MOST_ARGUMENTS or getattr(metadata, 'num_ctas', 1) != 1 \
             or any(getattr(metadata, name, None) for name in _BEYOND_A_PLAIN_LAUNCH):
         return None
     return Entry(compiled, compiled.function, 32 * metadata.num_warps, metadata.shared)
 
 
+class Launcher(NamedTuple):
+    """What launches kernels."""
+    launch_kernels: Callable  # of `launches.c`
+    driver: int  # address of the driver's function
+
+
 def _start(entry: Entry, grid: int, arguments: Sequence[int], device: int) -> int:
     """A launch by the driver, which gives its error code."""
-    count = len(arguments) + 2
-    memory = (ctypes.c_uint64 * count)(*[a % 2 ** 64 for a in arguments])
-    first = ctypes.addressof(memory)
-    addresses = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
-    return _driver().cuLaunchKernel(
-        entry.function, grid, 1, 1, entry.threads, 1, 1, entry.shared, torch._C._cuda_getCurrentRawStream(device),
-        addresses, None)
+    launcher = _launcher()
+    return launcher.launch_kernels(
+        launcher.driver, _packed([Launch(entry, grid, arguments)], {}), None,
+        torch._C._cuda_getCurrentRawStream(device), 1)
+
+
+def _packed(launches: Sequence[Launch], begins: Dict[int, Tuple[int, int]]) -> ctypes.Array:
+    """Launches as `launches.c` reads them, for tensors that begin behind some byte of a base, by their ids."""
+    numbers = []
+    for entry, grid, arguments in launches:
+        numbers += entry.function, grid, entry.threads, entry.shared, len(arguments)
+        for argument in arguments:
+            if isinstance(argument, int):
+                numbers += -1, argument
+            else:
+                tensor, offset = argument
+                base, begin = begins[id(tensor)]
+                numbers += base, begin + offset
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 _entries: Dict[tuple, Tuple[Any, Entry]] = {}
 _ALIGN = 256  # bytes
+_MOST_ARGUMENTS = 64  # of `launches.c`
 _BEYOND_A_PLAIN_LAUNCH = (
     'launch_cooperative_grid', 'launch_pdl', 'global_scratch_size', 'profile_scratch_size', 'instrumentation_mode')
 
@@ -275,8 +301,7 @@ _BEYOND_A_PLAIN_LAUNCH = (
 class Repeat:
     """Launches what was recorded again: called with other tensors of the same kind.
 
-    All that was made and not returned is one piece of memory. Arguments lie side by side, eight bytes each, once for
-    all launches; a launch has the addresses of its own.
+    All that was made and not returned is one piece of memory.
     """
 
     def __init__(self, recording: Recording, results: Any):
@@ -292,15 +317,10 @@ class Repeat:
             if id(tensor) not in begins:
                 begins[id(tensor)] = len(bases), self._working
                 self._working += -(-_span(tensor) // _ALIGN) * _ALIGN
-        self._launches = [launch._replace(arguments=[
-            a if isinstance(a, int) else (begins[id(a[0])][0], begins[id(a[0])][1] + a[1]) for a in launch.arguments])
-            for launch in recording.launches]
-        arguments = {a for launch in self._launches for a in launch.arguments}
-        self._pointers = [a for a in arguments if isinstance(a, tuple)]
-        self._numbers = [a for a in arguments if isinstance(a, int)]
-        self._pack_into = struct.Struct('=' + 'Q' * len(self._pointers)).pack_into
-        self._device, self._start = bases[0].get_device(), _driver().cuLaunchKernel
-        self._of_thread = threading.local()
+        self._entries = [launch.entry for launch in recording.launches]  # keep the kernels
+        self._launches = _packed(recording.launches, begins)
+        self._pack = struct.Struct(f'={len(bases) + (self._working > 0)}Q').pack
+        self._device, self._launcher = bases[0].get_device(), _launcher()
 
     def __call__(self, tensors: Sequence[Optional[Tensor]]) -> Optional[Tuple]:
         """What the function would return, in a tuple; None: it has to run."""
@@ -314,44 +334,54 @@ class Repeat:
             begins.append(working.data_ptr())
         if reduce(or_, begins) % VECTOR:
             return None
-        try:
-            memory, launches = self._of_thread.prepared
-        except AttributeError:
-            memory, launches = self._of_thread.prepared = self._prepare()
-        self._pack_into(memory, 0, *[begins[i] + offset for i, offset in self._pointers])
-        stream, start = torch._C._cuda_getCurrentRawStream(self._device), self._start
-        for i, (function, grid, threads, shared, addresses) in enumerate(launches):
-            code = start(function, grid, 1, 1, threads, 1, 1, shared, stream, addresses, None)
-            if code:
-                if i == 0:  # Triton says why something fails; and makes the device's context that of a new thread
-                    return None
-                raise RuntimeError(f'the CUDA driver could not launch a kernel: cuLaunchKernel gave error {code}')
+        launch_kernels, driver = self._launcher
+        code = launch_kernels(
+            driver, self._launches, self._pack(*begins), torch._C._cuda_getCurrentRawStream(self._device),
+            len(self._entries))
+        if code > 0:  # Triton says why something fails; and makes the device's context that of a new thread
+            return None
+        if code < 0:
+            raise RuntimeError(f'the CUDA driver could not launch a kernel: cuLaunchKernel gave error {-code}')
         results = tuple([None if i is None else bases[i] for i in self._results])
         return results if self._is_single else (results,)
 
-    def _prepare(self) -> Tuple[ctypes.Array, List[tuple]]:
-        """Memory for the arguments, and what the driver is given for each launch."""
-        slots = {a: i for i, a in enumerate([*self._pointers, *self._numbers])}
-        memory = (ctypes.c_uint64 * (len(slots) + 1))()  # the last one is zero
-        memory[len(self._pointers):len(slots)] = [number % 2 ** 64 for number in self._numbers]
-        first, launches = ctypes.addressof(memory), []
-        for launch in self._launches:
-            own = [*(slots[a] for a in launch.arguments), len(slots), len(slots)]
-            addresses = (ctypes.c_void_p * len(own))(*[first + 8 * slot for slot in own])
-            launches.append((launch.entry.function, launch.grid, launch.entry.threads, launch.entry.shared, addresses))
-        return memory, launches
-
 
 @functools.lru_cache(maxsize=None)
-def _driver() -> Optional[ctypes.CDLL]:
+def _launcher() -> Optional[Launcher]:
+    """None where the driver or a C compiler is missing."""
     try:
-        library, number = ctypes.CDLL('libcuda.so.1'), ctypes.c_uint
+        driver = ctypes.CDLL('libcuda.so.1')
     except OSError:
         return None
-    library.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p, *[number] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    library.cuLaunchKernel.restype = ctypes.c_int
-    return library
+    try:
+        return Launcher(compiled_launches(), ctypes.cast(driver.cuLaunchKernel, ctypes.c_void_p).value)
+    except (OSError, subprocess.SubprocessError) as error:
+        _logger.info('launches.c cannot be compiled or loaded (%s); Triton launches each kernel', error)
+        return None
+
+
+def compiled_launches() -> Callable:
+    """The function of `launches.c`; it is compiled for each process, which takes less than a tenth of a second.
+
+    Raises:
+        OSError: If there is no compiler, or if it fails, or if its file cannot be loaded.
+        subprocess.SubprocessError: If it takes too long.
+    """
+    commands = [shlex.split(command) for command in (os.environ.get('CC', ''), 'cc', 'gcc', 'clang')]
+    compiler = next((command for command in commands if command and shutil.which(command[0])), None)
+    if compiler is None:
+        raise FileNotFoundError('there is no C compiler; install one or set CC')
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded outlives its file
+        path = Path(folder, 'launches.so')
+        result = subprocess.run(
+            [*compiler, '-O2', '-std=gnu11', '-shared', '-fPIC', '-o', str(path),
+             str(Path(__file__).with_name('launches.c'))],
+            capture_output=True, text=True, errors='replace', timeout=60)
+        if result.returncode != 0:
+            raise OSError(f'{compiler[0]} failed with exit code {result.returncode}: {result.stderr[-500:].strip()}')
+        launch_kernels = ctypes.CDLL(str(path)).launch_kernels
+    launch_kernels.argtypes, launch_kernels.restype = [*[ctypes.c_void_p] * 4, ctypes.c_int], ctypes.c_int
+    return launch_kernels
 
 
 def _is_watched() -> bool:
