@@ -1,6 +1,7 @@
 """Exported models: the form of local convolution in them, files of PyTorch's own formats, and the command."""
 import collections
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.utils import reparameterize_model
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -192,12 +194,42 @@ def test_files_run_without_this_package(kind, tmp_path):
     (['test_cotnet', '--output', 'a.mlpackage', '--dynamic'], 'whose files have one size'),
     (['test_cotnet', '--output', 'a.pt2', '--int8', 'images'], '--int8 is for ONNX in float32'),
     (['test_cotnet', '--output', 'a.pt2', '--checkpoint', 'nowhere'], '--checkpoint is nowhere, expected a file'),
+    (['test_cotnet', '--output', 'a.onnx', '--int8', 'nowhere'], '--int8 is nowhere, expected a folder of images'),
+    (['test_cotnet', '--output', 'tests', '--format', 'pt2'], 'expected a name that ends in .pt2'),
     (['test_cotnet', '--output', 'a.onnx', '--img-size', '0'], '--img-size is 0, expected 1 or more'),
 ])
 def test_wrong_arguments(args, message, capsys):
     with pytest.raises(SystemExit) as ended:
         export.main(args)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_damaged_checkpoint(suffix, tmp_path):
+    path = tmp_path / f'weights{suffix}'
+    path.write_bytes(b'no weights')
+    with pytest.raises(SystemExit, match=f'{path} cannot be loaded'):
+        export.main(['test_cotnet', '--output', str(tmp_path / 'model.pt2'), '--checkpoint', str(path)])
+
+
+def test_where_nothing_can_be_written(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='model.pt2, which cannot be written'):
+        export.main(['test_cotnet', '--output', str(tmp_path / 'file' / 'model.pt2')])
+    (tmp_path / 'model.pt2').mkdir()
+    with pytest.raises(SystemExit):
+        export.main(['test_cotnet', '--output', str(tmp_path / 'model.pt2')])
+    assert 'model.pt2, a folder, expected a file to write' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('format', ['pt2', 'aoti'])
+def test_small_examples_of_any_size(format, tmp_path):
+    """Files would refuse other sizes, or give them wrong logits."""
+    with pytest.raises(ValueError, match='expected more than 32 pixels'):
+        export.export(folded(), tmp_path / 'model.pt2', format, torch.randn(2, 3, 64, 32))
+    with pytest.raises(SystemExit, match='--img-size is 32: x is .* expected more than 32 pixels'):
+        export.main(['test_cotnet', '--output', str(tmp_path / 'model.pt2'), '--format', format, '--dynamic',
+                     '--img-size', '32'])
 
 
 @pytest.mark.parametrize('path, library, extra', [
@@ -225,6 +257,47 @@ def test_command_checks_what_it_wrote(tmp_path, capsys):
     assert export.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and f'{path}: ' in lines[0] and all('of the largest logit' in line for line in lines[1:])
+
+
+@needs_export_flag
+def test_check_sees_all_of_a_fresh_network(tmp_path, monkeypatch, capsys):
+    """Whose blocks would give what they are given, as the scale of their last norm is zero."""
+    args = ['test_cotnet', '--output', str(tmp_path / 'model.pt2'), '--img-size', '64', '--check']
+    assert export.main(args) == 0
+    monkeypatch.setattr('timm_cotnet.ops.dispatch.local_conv_exported', lambda x, *_, **__: x)
+    assert export.main(args) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'differs by' in line]
+    right, wrong = (float(line.split('differs by ')[1].split()[0]) for line in lines)
+    assert right < 1e-5 and wrong > 0.01
+
+
+@pytest.mark.parametrize('options', [[], ['--int8', '.']])
+def test_what_is_not_finite(options, tmp_path, monkeypatch):
+    """Wherever it is among what is compared."""
+    x, model = torch.randn(1, 3, 32, 32), folded()
+    answers = [torch.full((1, 10), float('nan')), model(x).detach()]
+    for order in (0, 1), (1, 0):
+        found = iter([answer for i in order for answer in [answers[i]] * 6])  # once, and five times to be timed
+        assert math.isnan(export.check(model, lambda x: next(found), [x, x]))
+    monkeypatch.setattr(export, 'FORMATS', {'onnx': ('.onnx', (), '')})
+    for name in ('export', 'quantize_onnx'):
+        monkeypatch.setattr(export, name, lambda *args: (tmp_path / 'model.onnx').touch())
+    monkeypatch.setattr(export, 'calibration_batches', lambda *args: iter(()))
+    monkeypatch.setattr(export, 'load', lambda *args: lambda x: x.new_full((1, 10), float('nan')))
+    args = ['test_cotnet', '--output', str(tmp_path / 'model.onnx'), '--img-size', '32', *options]
+    assert export.main(args) == 0 and export.main([*args, '--check']) == 1
+
+
+@pytest.mark.parametrize('number, batch_size, shapes', [
+    (3, 1, [1, 1, 1]), (4, 1, [1] * 4), (5, 2, [2, 2, 2]), (99, 1, [1] * 5), (1, 4, [4])])
+def test_calibration_batches(number, batch_size, shapes, tmp_path):
+    (tmp_path / 'class').mkdir()
+    for i in range(5):
+        Image.new('RGB', (40, 40), (50 * i, 0, 0)).save(tmp_path / 'class' / f'{i}.png')
+    batches = list(export.calibration_batches(tmp_path, folded(), (32, 32), number, batch_size))
+    assert [tuple(batch.shape) for batch in batches] == [(n, 3, 32, 32) for n in shapes]
+    reds = torch.cat(batches)[:, 0, 16, 16].tolist()
+    assert reds == sorted(reds) and len(set(reds)) == min(number, 5)
 
 
 def test_check_tells_a_difference(capsys):

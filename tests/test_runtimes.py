@@ -60,7 +60,7 @@ def assert_equal(engine, path, model, shapes):
         expected = [expected] if isinstance(expected, torch.Tensor) else expected
         actual = outputs(engine, path, x)
         assert len(actual) == len(expected)
-        assert max(map(difference, actual, expected)) < 1e-4, shape
+        assert all(difference(a, e) < 1e-4 for a, e in zip(actual, expected)), shape
 
 
 @pytest.fixture(scope='module', params=FAMILIES)
@@ -175,7 +175,7 @@ def test_command(how, digits, tmp_path, capsys):
         reason=f'the runtime for {how}, of the extra "runtimes", is not installed')
     path = tmp_path / ('model.xml' if how == 'openvino' else 'model.onnx')
     options = {'half': ['--half'], 'openvino': ['--dynamic'],
-               'int8': ['--int8', str(digits / 'train'), '--calibration', '16']}[how]
+               'int8': ['--int8', str(digits / 'train'), '--calibration', '16', '--batch-size', '3']}[how]
     assert export.main(['test_cotnet', '--output', str(path), '--pretrained', '--check', *options]) == 0
     assert 'of the largest logit' in capsys.readouterr().out
     if how == 'int8':
@@ -186,8 +186,9 @@ def test_command(how, digits, tmp_path, capsys):
 def test_core_ml_converts(tmp_path):
     """It runs on Apple devices only: what is written is read again, and its operators are looked at."""
     coremltools = pytest.importorskip('coremltools', reason='coremltools, of the extra "runtimes", is not installed')
-    path = tmp_path / 'model.mlpackage'
-    export.export(network('test_cotnet'), path, 'coreml', torch.randn(1, 3, 64, 64))
+    path, model = tmp_path / 'model.mlpackage', network('test_cotnet').half()
+    export.export(model, path, 'coreml', torch.randn(1, 3, 64, 64).half())
+    assert {p.dtype for p in model.parameters()} == {torch.float16}  # though it is converted in float32
     spec = coremltools.utils.load_spec(str(path))
     block = next(iter(spec.mlProgram.functions['main'].block_specializations.values()))
     counts = collections.Counter(operation.type for operation in block.operations)

@@ -4,15 +4,18 @@ A thin command over PyTorch's exporters and the runtimes' own converters. Batch 
 of the format: `pip install "timm-cotnet[onnx]"`, `[openvino]`, `[coreml]`; formats of PyTorch need none.
 """
 import argparse
+import copy
 import importlib
 import sys
 import tempfile
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -38,20 +41,27 @@ def export(model: nn.Module, path: Path, format: str, x: Tensor, dynamic: bool =
         model: Best with folded batch norms; its dtype is that of the file.
         path: File to write; for Core ML a folder.
         format: One of `FORMATS`.
-        x: Example of its input, (B, 3, H, W); if dynamic of two images or more, which are not square.
+        x: Example of its input, (B, 3, H, W); if dynamic of two images or more, which are not square, and in PyTorch's
+            formats of more than 32 pixels each way.
         dynamic: Whether batch, height and width may be others than those of x. Core ML never has that,
             and PyTorch 2.9 to 2.12 guards files of `torch.export` so that sizes at pools are odd or even as those of x.
 
     Raises:
         ImportError: If a library is missing.
-        ValueError: If there is no such format.
+        ValueError: If there is no such format, or if x is no example for other sizes.
     """
     if format not in FORMATS:
         raise ValueError(f'format is {format!r}, expected one of {", ".join(FORMATS)}')
+    _check_example(format, x, dynamic)
     for library in FORMATS[format][1]:
         importlib.import_module(library)
     {'onnx': _onnx, 'pt2': _pt2, 'aoti': _aoti, 'openvino': _openvino, 'coreml': _coreml}[format](
         model, path, x, _dynamic_shapes() if dynamic else None)
+
+
+def _check_example(format: str, x: Tensor, dynamic: bool) -> None:
+    if dynamic and format in ('pt2', 'aoti') and min(x.shape[2:]) <= 32:  # maps of one row or column are special
+        raise ValueError(f'x is {tuple(x.shape)}, expected more than 32 pixels each way, as other sizes are to be taken')
 
 
 def _dynamic_shapes() -> Tuple[Dict[int, Any]]:
@@ -89,7 +99,7 @@ def _coreml(model: nn.Module, path: Path, x: Tensor, shapes: Optional[Tuple]) ->
     import coremltools
 
     with torch.no_grad():
-        program = torch.export.export(model.float(), (x.float(),)).run_decompositions({})
+        program = torch.export.export(copy.deepcopy(model).float(), (x.float(),)).run_decompositions({})
     precision = coremltools.precision.FLOAT16 if x.dtype == torch.float16 else coremltools.precision.FLOAT32
     coremltools.convert(program, compute_precision=precision, convert_to='mlprogram').save(str(path))
 
@@ -115,21 +125,28 @@ def quantize_onnx(source: Path, path: Path, batches: Iterator[Tensor]) -> None:
         weight_type=quantization.QuantType.QInt8)
 
 
-def calibration_batches(folder: Path, model: nn.Module, size: Tuple[int, int], number: int) -> Iterator[Tensor]:
-    """Images of a folder, evenly picked, one a batch, as timm's `validate.py` would give them to the model.
+def calibration_batches(
+        folder: Path, model: nn.Module, size: Tuple[int, int], number: int, batch_size: int = 1) -> Iterator[Tensor]:
+    """Images of a folder, evenly picked, as timm's `validate.py` would give them to the model.
 
     Args:
         folder: Image folder as timm reads it.
         model: Whose configuration is used.
         size: Height and width.
         number: Of images at most.
+        batch_size: Images of each batch; the last image is there several times if they do not suffice.
+
+    Raises:
+        ValueError: If there are no images.
     """
     config = resolve_data_config({'input_size': (3, *size)}, model=model)
     dataset = create_dataset('', root=str(folder), transform=create_transform(**config))
     if len(dataset) == 0:
         raise ValueError(f'{folder} holds no images')
-    for i in range(0, len(dataset), max(1, len(dataset) // number)):
-        yield dataset[i][0][None]
+    count = min(number, len(dataset))
+    for first in range(0, count, batch_size):
+        picked = [min(i, count - 1) * len(dataset) // count for i in range(first, first + batch_size)]
+        yield torch.stack([dataset[i][0] for i in picked])
 
 
 def load(path: Path, format: str) -> Run:
@@ -162,17 +179,17 @@ def load(path: Path, format: str) -> Run:
 def check(model: nn.Module, run: Run, images: List[Tensor]) -> float:
     """Prints how the file differs from the model and how fast both are; returns the largest difference.
 
-    Differences are relative to the largest logit.
+    Differences are relative to the largest logit, and NaN where a logit is not finite.
     """
-    worst = 0.
+    differences = []
     for x in images:
         expected, actual = model(x).float(), run(x).float()
         difference = ((actual - expected).abs().max() / expected.abs().max()).item()
-        worst = max(worst, difference)
+        differences.append(difference)
         times = [_milliseconds(lambda: f(x)) for f in (run, model)]
         print(f'{"x".join(map(str, x.shape))}: differs by {difference:.1e} of the largest logit; '
               f'{times[0]:.1f} ms, eager {times[1]:.1f} ms ({torch.get_num_threads()} threads)')
-    return worst
+    return torch.tensor(differences).max().item()  # NaN if one is
 
 
 def _milliseconds(task: Callable[[], object], times: int = 5) -> float:
@@ -215,8 +232,12 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
         parser.error(f'--checkpoint is {args.checkpoint}, expected a file')
     if args.dynamic and args.format == 'coreml':
         parser.error('--dynamic is not for Core ML, whose files have one size')
+    if args.output.is_dir() and args.format != 'coreml':
+        parser.error(f'--output is {args.output}, a folder, expected a file to write')
     if args.int8 and (args.format != 'onnx' or args.half):
         parser.error('--int8 is for ONNX in float32: leave --half out, or quantize with the tools of the runtime')
+    if args.int8 and not args.int8.is_dir():
+        parser.error(f'--int8 is {args.int8}, expected a folder of images')
     for name in ('img_size', 'batch_size', 'calibration'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -225,7 +246,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """The command; returns its exit status: 1 if `--check` finds a difference."""
+    """The command; returns its exit status: 1 if `--check` finds a difference, in 8 bits if a logit is not finite."""
     args = parse_args(argv)
     for library in FORMATS[args.format][1]:
         try:
@@ -236,8 +257,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, num_classes=args.num_classes, checkpoint_path=args.checkpoint)
-    except RuntimeError as error:
-        sys.exit(str(error))
+    except (RuntimeError, KeyError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
+        sys.exit(f'{args.checkpoint or args.model} cannot be loaded: {error}')
+    if not (args.pretrained or args.checkpoint):
+        _let_all_layers_count(model)
     model = reparameterize_model(model.eval())
     dtype = torch.float16 if args.half else torch.float32
     model = model.to(dtype)
@@ -245,17 +268,25 @@ def main(argv: Optional[List[str]] = None) -> int:
     x = torch.randn(2, 3, size, size + 32) if args.dynamic else torch.randn(args.batch_size, 3, size, size)
     x = x.to(dtype)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _check_example(args.format, x, args.dynamic)
+    except ValueError as error:
+        sys.exit(f'--img-size is {size}: {error}')
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output.parent).close()
+    except OSError as error:
+        sys.exit(f'--output is {args.output}, which cannot be written: {error}')
     start = time.time()
     if args.int8:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, 'model.onnx')
             export(model, source, 'onnx', x, args.dynamic)
             try:
-                batches = calibration_batches(args.int8, model, (size, size), args.calibration)
+                batches = calibration_batches(args.int8, model, (size, size), args.calibration, x.shape[0])
                 quantize_onnx(source, args.output, batches)
-            except (ValueError, FileNotFoundError, RuntimeError) as error:
-                sys.exit(f'--int8 is {args.int8}: {error}')
+            except (ValueError, FileNotFoundError, RuntimeError, AssertionError) as error:
+                sys.exit(f'--int8 is {args.int8}, and quantizing failed: {error}')
     else:
         export(model, args.output, args.format, x, args.dynamic)
     print(f'{args.output}: {_megabytes(args.output):.1f} MB, written in {time.time() - start:.0f} s')
@@ -267,8 +298,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     except ValueError as error:
         sys.exit(f'--check: {error}')
     if args.int8:
-        return 0  # of random weights and images 8 bits need not be close
+        return int(not worst < float('inf'))  # of random images 8 bits need not be close
     return int(not worst <= TOLERANCES[dtype])
+
+
+def _let_all_layers_count(model: nn.Module) -> None:
+    """Scales that are zero in a fresh network, as of each block's last norm, would hide from `--check` what it does."""
+    for module in model.modules():
+        scale = module._parameters.get('weight')
+        if scale is not None and scale.ndim == 1 and not scale.any():
+            nn.init.constant_(scale, 0.25)
 
 
 def _megabytes(path: Path) -> float:
