@@ -61,7 +61,7 @@ def export(model: nn.Module, path: Path, format: str, x: Tensor, dynamic: bool =
 
 def _check_example(format: str, x: Tensor, dynamic: bool) -> None:
     if dynamic and format in ('pt2', 'aoti') and min(x.shape[2:]) <= 32:  # maps of one row or column are special
-        raise ValueError(f'x is {tuple(x.shape)}, expected more than 32 pixels each way, as other sizes are to be taken')
+        raise ValueError(f'x is {tuple(x.shape)}, expected more than 32 pixels each way, as sizes may change')
 
 
 def _dynamic_shapes() -> Tuple[Dict[int, Any]]:
