@@ -258,7 +258,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, num_classes=args.num_classes, checkpoint_path=args.checkpoint)
     except (RuntimeError, KeyError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
-        sys.exit(f'{args.checkpoint or args.model} cannot be loaded: {error}')
+        sys.exit(f'{args.checkpoint or args.model} cannot be loaded ({type(error).__name__}): {error}')
     if not (args.pretrained or args.checkpoint):
         _let_all_layers_count(model)
     model = reparameterize_model(model.eval())
