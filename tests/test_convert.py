@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from timm_cotnet.checkpoint import CheckpointError
-from timm_cotnet.convert import convert, convert_folder, main
+from timm_cotnet.convert import convert, convert_folder, main, plain_tensor
 from timm_cotnet.digest import sha256
 
 HUB_CARDS = Path(__file__).parent.parent / 'hub_cards'
@@ -279,12 +279,36 @@ def test_folder_is_converted_and_resumed(tmp_path, downloads, capsys):
     assert_holds(tmp_path / 'test_cotnet', tiny(3))
 
 
-def test_folder_with_a_damaged_record_is_converted_again(tmp_path):
+@pytest.mark.parametrize('value', [
+    torch.tensor([1e39], dtype=torch.float64), torch.tensor([1 + 2j]), torch.tensor([float('nan')]),
+    torch.zeros(2, 2).to_sparse(), torch.tensor([float('nan')]).to(torch.float8_e4m3fn)])
+def test_weights_that_are_no_finite_numbers(value):
+    with pytest.raises(CheckpointError, match='fc.bias does not hold finite numbers of single precision'):
+        plain_tensor('fc.bias', value)
+
+
+def test_weights_of_other_dtypes():
+    for dtype in (torch.float64, torch.bfloat16, torch.float8_e4m3fn):
+        plain = plain_tensor('fc.bias', torch.tensor([1.5, -2.]).to(dtype))
+        assert plain.dtype == torch.float32 and plain.tolist() == [1.5, -2.]
+    assert plain_tensor('bn1.num_batches_tracked', torch.tensor(3)).dtype == torch.int64
+
+
+def test_odd_weights_are_a_row(tmp_path):
+    downloads = tmp_path / 'in'
+    downloads.mkdir()
+    save(tiny(3), downloads / 'b.pth')
+    save({key: value.to(torch.int8) for key, value in tiny(3).items()}, downloads / 'a.pth')
+    assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'a.pth': 'failed', 'b.pth': 'converted'}
+
+
+@pytest.mark.parametrize('record', ['{"x.pth": ', '[]', '{"x.pth": {}}', '{"x.pth": 3}', '{"x.pth": {"source": {}}}'])
+def test_folder_with_a_damaged_record_is_converted_again(record, tmp_path):
     downloads = tmp_path / 'in'
     downloads.mkdir()
     save(tiny(3), downloads / 'x.pth')
     convert_folder(downloads, tmp_path / 'out')
-    (tmp_path / 'out' / 'conversions.json').write_text('{"x.pth": ')
+    (tmp_path / 'out' / 'conversions.json').write_text(record)
     assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'x.pth': 'converted'}
     assert statuses(convert_folder(downloads, tmp_path / 'out')) == {'x.pth': 'done before'}
 

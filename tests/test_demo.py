@@ -208,6 +208,28 @@ def test_files_that_are_no_images_are_left_out(tmp_path, capsys):
         create_datasets(data)
 
 
+def test_classes_of_which_no_image_can_be_read(tmp_path):
+    for i, split in enumerate(('', 'train/')):
+        held_out = {'val/red': 2} if split else {}
+        data = own_images(tmp_path / str(i), {f'{split}red': 11, f'{split}blue': 10, **held_out})
+        for path in (data / split / 'blue').iterdir():
+            path.write_text('no image')
+        with pytest.raises(ValueError, match="has no image of the class 'blue' that can be read"):
+            create_datasets(data)
+
+
+def test_output_would_become_a_class(tmp_path):
+    data = own_images(tmp_path / 'data', {'red': 11, 'blue': 10})
+    for output in (data, data / 'cotnet-demo'):
+        with pytest.raises(SystemExit, match='inside of .*data, whose folders are classes'):
+            main(['--data', str(data), '--output', str(output)])
+    split = own_images(tmp_path / 'split', {'train/red': 3, 'train/blue': 4, 'val/red': 2})
+    create_datasets(split, split / 'out')
+    for inside in ('train', 'val'):
+        with pytest.raises(ValueError, match=f'inside of .*{inside}, whose'):
+            create_datasets(split, split / inside / 'out')
+
+
 def test_diverged_training_is_told(tmp_path):
     data = own_images(tmp_path / 'data', {'red': 5, 'blue': 5})
     options = ['--data', str(data), '--device', 'cpu', '--img-size', '32', '--epochs', '1', '--lr', '1e30']

@@ -7,7 +7,7 @@ pytest.importorskip('matplotlib', reason='pictures are drawn with matplotlib, of
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from timm_cotnet.pictures import draw_grad_cam, draw_training, overlay, shorten  # noqa: E402
+from timm_cotnet.pictures import draw_grad_cam, draw_training, overlay, plain, shorten  # noqa: E402
 
 
 @pytest.mark.parametrize('steps, epochs', [(1, 0), (60, 3)])
@@ -17,6 +17,16 @@ def test_training_curve(steps, epochs, tmp_path):
         assert picture.width > 800 and picture.height > 300
         for box in ((0, 0, picture.width, 2), (0, picture.height - 2, picture.width, picture.height)):
             assert picture.convert('L').crop(box).getextrema() == (255, 255)
+
+
+def test_dollars_are_no_formulas(tmp_path):
+    """As in names of files and classes: neither refused nor drawn as one."""
+    names = ['a$_x$b$^$', 'costs $5 and $6']
+    assert draw_training(tmp_path / 'curve.png', names[0], [2., 1.], 0.5, [90.]).exists()
+    assert draw_grad_cam(
+        tmp_path / 'cam.png', names[0], torch.rand(32, 32, 3), torch.rand(2, 4, 4), names).exists()
+    text = Figure().text(0, 0, plain(names[1]))
+    assert text._preprocess_math(text.get_text()) == (names[1], False)
 
 
 def test_many_classes_take_several_rows(tmp_path):

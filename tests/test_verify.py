@@ -105,6 +105,29 @@ def test_nothing_is_claimed_without_published_numbers(tmp_path, converted):
         verify(tmp_path, tmp_path)
 
 
+def test_one_of_several_models_stops_no_other(tmp_path, monkeypatch, capsys, converted):
+    """Evaluations that took hours are not lost."""
+    images, models = make_images(tmp_path / 'images', WNIDS, count=1), tmp_path / 'models'
+    publish(monkeypatch, 25.0, 50.0)
+    for name, tag, weights in (('a', 'jd_in1k', b'damaged'), ('b', 'jd_in1k', None), ('c', 'mine', None)):
+        (models / name).mkdir(parents=True)
+        config = json.loads((converted / 'config.json').read_text())
+        config['pretrained_cfg']['tag'] = tag
+        (models / name / 'config.json').write_text(json.dumps(config))
+        content = (converted / 'model.safetensors').read_bytes() if weights is None else weights
+        (models / name / 'model.safetensors').write_bytes(content)
+    assert main([str(models), '--data', str(images), '--workers', '0']) == 1
+    printed = capsys.readouterr()
+    assert f'{NAME}: agrees on 4 images' in printed.out
+    assert 'left out: ' in printed.err and 'cotnet50.mine, for which no' in printed.err
+    assert f'{models / "a"}: ' in printed.err
+    assert main([str(converted), '--data', str(images), '--batch-size', '0']) == 1
+    assert 'error: batch_size' in capsys.readouterr().err
+    (models / 'a' / 'config.json').write_text('[]')
+    assert main([str(models / 'a'), '--data', str(images)]) == 1
+    assert 'names no architecture' in capsys.readouterr().err
+
+
 def test_command(tmp_path, monkeypatch, capsys, converted):
     images = make_images(tmp_path, WNIDS, count=1)
     publish(monkeypatch, 25.0, 99.9)

@@ -272,6 +272,55 @@ def test_folder_of_a_model_is_loaded_with_its_classes(tmp_path):
     assert why_random == '' and torch.equal(checkpointed.fc.weight, saved.fc.weight)
 
 
+def test_folder_of_a_model_with_arguments(tmp_path):
+    from timm_cotnet.demo import save_folder
+
+    saved = shaken(timm.create_model('test_cotnet', output_stride=8)).eval()
+    save_folder(saved, tmp_path, [str(i) for i in range(10)])
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'model_args': {'output_stride': 8}}))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load_model(str(tmp_path))[0](x), saved(x))
+
+
+@pytest.mark.parametrize('config, message', [
+    ('{', 'config.json is damaged'), ('[]', 'names no architecture'),
+    ('{"architecture": "test_cotnet"}', 'names no architecture'),
+    ('{"architecture": "test_cotnet", "pretrained_cfg": null}', 'names no architecture'),
+    ('{"architecture": "test_cotnet", "pretrained_cfg": {}}', 'has no model.safetensors; give weights')])
+def test_folders_that_hold_no_model(config, message, tmp_path, capsys):
+    (tmp_path / 'config.json').write_text(config)
+    assert main([str(photo(tmp_path / 'photo.png')), '--model', str(tmp_path), '--output', str(tmp_path / 'out')]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['weights.safetensors', 'weights.pth', 'empty.pth'])
+def test_damaged_weights(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b'' if 'empty' in name else b'no weights')
+    options = ['--checkpoint', str(tmp_path / name), '--output', str(tmp_path / 'out')]
+    assert main([str(photo(tmp_path / 'photo.png')), '--model', 'test_cotnet', *options]) == 1
+    assert len(capsys.readouterr().err) > len('error: \n') + 3
+
+
+def test_what_would_be_drawn_of_nothing(model, tmp_path):
+    image = photo(tmp_path / 'photo.png')
+    broken = timm.create_model('test_cotnet')
+    broken.layer1[0].bn1.running_mean[0] = float('nan')
+    with pytest.raises(ValueError, match='has weights that are not finite'):
+        visualize(broken, [image], tmp_path / 'out')
+    with pytest.raises(ValueError, match='where photo.png lies and may be written over'):
+        visualize(model, [image], image.parent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['photo.png']
+
+
+def test_gradient_checkpointing_goes_past_grad_cam():
+    checkpointed = timm.create_model('test_cotnet', pretrained=True).eval()
+    checkpointed.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match='turn that off'):
+        grad_cam(checkpointed, torch.rand(1, 3, 32, 32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['cotnet50', 'cotnext50_2x48d', 'se_cotnetd_50'])
 def test_every_family(name, tmp_path):

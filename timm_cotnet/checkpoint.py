@@ -4,6 +4,7 @@ The checkpoints of https://github.com/JDAI-CV/CoTNet are a bare state dict, or a
 detection repository have a backbone whose layers carry detectron2's names. A pickle is read with `weights_only=True`
 alone; the classes that official checkpoints hold besides tensors are replaced by stand-ins that do nothing.
 """
+import json
 import re
 import warnings
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 
 from .cotnet import default_cfgs
 from .misfit import classes_instead, differences, first_few
@@ -21,12 +23,39 @@ from .published import PUBLISHED
 
 __all__ = [
     'CheckpointError', 'find_state_dict', 'find_tag', 'find_variant', 'is_detection', 'meta_model', 'published_tags',
-    'read_checkpoint', 'rename_detection', 'resolve_model',
+    'read_checkpoint', 'read_config', 'rename_detection', 'resolve_model',
 ]
 
 
 class CheckpointError(ValueError):
     """A file that cannot be converted; the message says why and what to do."""
+
+
+# of files with weights that timm and PyTorch load
+UNLOADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError)
+
+
+def explained(error: Exception) -> str:
+    """What an error says; with its kind, where that alone says little."""
+    return str(error) if isinstance(error, (OSError, RuntimeError, ValueError)) and str(error) else repr(error)
+
+
+def read_config(folder: Path) -> Dict[str, Any]:
+    """The `config.json` of a classifier, as `convert`, `demo` and timm write it.
+
+    Raises:
+        CheckpointError: If it is damaged, or of something else.
+        OSError: If there is none.
+    """
+    path = Path(folder, 'config.json')
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as e:
+        raise CheckpointError(f'{path} is damaged ({e}); write it again') from e
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str) \
+            or not isinstance(config.get('pretrained_cfg'), dict):
+        raise CheckpointError(f'{path} names no architecture and pretrained_cfg, as that of a classifier does')
+    return config
 
 
 # Reading

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Tuple
@@ -98,7 +98,10 @@ def _load(path: Path, model: Optional[str], use_ema: bool) -> Tuple[torch.nn.Mod
     network = meta_model(name if name in PUBLISHED else variant, num_classes)
     network.pretrained_cfg['tag'] = tag
     weights = {key: plain_tensor(key, value) for key, value in state_dict.items()}
-    network.load_state_dict(weights, strict=True, assign=True)
+    try:
+        network.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as e:  # weights that are integers
+        raise CheckpointError(f'the weights of {name} cannot be taken: {e}') from e
     return network, Conversion(name, found_by, taken, num_classes)
 
 
@@ -112,10 +115,12 @@ def plain_tensor(key: str, value: torch.Tensor) -> torch.Tensor:
     Raises:
         CheckpointError: If it is no dense tensor of finite numbers.
     """
-    if value.is_meta or value.layout != torch.strided or value.is_quantized or not torch.isfinite(value).all():
-        raise CheckpointError(f'{key} does not hold finite numbers in a dense tensor; the file is damaged or forged')
-    dtype = torch.float32 if value.is_floating_point() else value.dtype
-    return value.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+    if not (value.is_meta or value.layout != torch.strided or value.is_quantized or value.is_complex()):
+        value = value.detach().to(torch.float32 if value.is_floating_point() else value.dtype)
+        if value.isfinite().all():
+            return value.clone(memory_format=torch.contiguous_format)
+    raise CheckpointError(
+        f'{key} does not hold finite numbers of single precision in a dense tensor; the file is damaged or forged')
 
 
 def _write(network: torch.nn.Module, conversion: Conversion, output: Path) -> Conversion:
@@ -261,9 +266,17 @@ def _said(source: Dict[str, Any]) -> Dict[str, Any]:
 
 def _read_record(path: Path) -> Dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # without a record, all is done again
-        return {}
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        record = None
+    # without a record, all is done again
+    return record if isinstance(record, dict) and all(map(_is_entry, record.values())) else {}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get('source'), dict) \
+        and isinstance(entry.get('conversion'), dict) and isinstance(entry['conversion'].get('digests'), dict) \
+        and entry['conversion'].keys() == {known.name for known in fields(Conversion)}
 
 
 def _write_record(path: Path, record: Dict[str, Any]) -> None:

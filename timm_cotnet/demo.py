@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> None:
         sys.exit(f'--output is {args.output}, where nothing can be written: {error}')
     what = 'images' if args.data else 'digits'
     try:
-        datasets = train_set, val_set = create_datasets(data)
+        datasets = train_set, val_set = create_datasets(data, args.output if args.data else None)
         class_names = sorted(train_set.reader.class_to_idx, key=train_set.reader.class_to_idx.get)
         size = {} if args.img_size is None else dict(input_size=(3, args.img_size, args.img_size), pool_size=None)
         model = timm.create_model(
@@ -219,7 +219,7 @@ def check_embedded_weights(digits: Path, batch_size: int, device: torch.device) 
         sys.exit(f'It should be {EMBEDDED_ACCURACY} % or more: its weights are damaged or do not fit the model')
 
 
-def create_datasets(data: Path):
+def create_datasets(data: Path, output: Optional[Path] = None):
     """timm's datasets of an image folder, to train on and held out; see `OWN_IMAGES`.
 
     Files that do not begin as an image does are left out, with a word on stderr.
@@ -232,6 +232,10 @@ def create_datasets(data: Path):
     val_folder = _first_folder(data, 'val', 'valid', 'validation', 'eval', 'evaluation')
     if not data.is_dir():
         raise ValueError(f'--data is {data}, which is no folder')
+    for folder in (train_folder or data, val_folder):
+        if None not in (folder, output) and Path(folder).resolve() in (output.resolve(), *output.resolve().parents):
+            raise ValueError(
+                f'--output is {output}, inside of {folder}, whose folders are classes: pictures would become one')
     if val_folder and not train_folder:
         raise ValueError(f'{val_folder} has no folder named train beside it; --help says what --data should hold')
     train = create_dataset('', root=train_folder or data, search_split=False)
@@ -246,10 +250,12 @@ def create_datasets(data: Path):
         val = create_dataset('', root=val_folder, search_split=False, class_map=classes)
         for folder, dataset in ((train_folder, train), (val_folder, val)):
             dataset.reader.samples = _readable(folder, dataset.reader.samples)
+        _check_all_there(train_folder, classes, train.reader.samples)
         return train, val
 
     val = create_dataset('', root=train_folder or data, search_split=False)
     samples, ranks, counts = _readable(train_folder or data, train.reader.samples), [], {}
+    _check_all_there(train_folder or data, classes, samples)
     for _, label in samples:
         counts[label] = counts.get(label, 0) + 1
         ranks.append(counts[label])
@@ -259,6 +265,13 @@ def create_datasets(data: Path):
     if not val.reader.samples:
         raise ValueError(f'{data} has less than {HELD_OUT} images of each class: too few to hold one out')
     return train, val
+
+
+def _check_all_there(folder: Path, classes: Dict[str, int], samples: Sequence[Tuple[str, int]]) -> None:
+    there = {label for _, label in samples}
+    for name, label in classes.items():
+        if label not in there:
+            raise ValueError(f'{folder} has no image of the class {name!r} that can be read')
 
 
 def _readable(folder: Path, samples: Sequence[Tuple[str, int]]) -> List[Tuple[str, int]]:
@@ -410,6 +423,7 @@ def show_predictions(
     chosen = torch.nonzero(~is_right).flatten()[:2].tolist()
     for label in range(min(len(class_names), DRAWN)):
         chosen += torch.nonzero(is_right & (targets == label)).flatten()[:1].tolist()
+    chosen = chosen or [0]
     images = torch.stack([dataset[index][0] for index in chosen])
     first = next(name for name, module in model.named_modules() if isinstance(module, CotLayer))
     maps = [layer_maps(model, image[None], [first])[0] for image in images]

@@ -162,7 +162,7 @@ def draw_grad_cam(path: Path, head: str, pixels: Tensor, maps: Tensor, labels: S
     for ax, values, label in zip(others, maps, labels):
         overlay(ax, pixels, values / values.max().clamp(min=torch.finfo(values.dtype).tiny), 'inferno', 0, 1,
                 'part of the largest value' if values.max() > 0 else 'nothing speaks for it')
-        ax.set_title(label, fontsize=10)
+        ax.set_title(plain(label), fontsize=10)
     return _save(figure, path)
 
 
@@ -177,7 +177,7 @@ def draw_training(path: Path, title: str, losses: Sequence[float], floor: float,
         accuracies: Percentage of held-out images that are right after each whole epoch.
     """
     figure = Figure(figsize=(9, 3.6), layout='constrained')
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(plain(title), fontsize=12)
     left, right = figure.subplots(1, 2)
     steps = np.arange(1, len(losses) + 1)
     left.plot(steps, losses, '-' if len(losses) > 20 else '.-', color='#99b3cc', linewidth=1, label='each step')
@@ -231,7 +231,7 @@ def draw_predictions(
         ax.imshow(image.numpy())
         ax.set(xticks=[], yticks=[])
         ax.set_title(
-            f'{"✓" if is_right else "✗"} {label}', fontsize=9, color='#226688' if is_right else '#bb3300')
+            f'{"✓" if is_right else "✗"} {plain(label)}', fontsize=9, color='#226688' if is_right else '#bb3300')
     for axes, (name, lengths) in zip(grid[1:], rows.items()):
         high = lengths.max().item()
         for ax, image, values in zip(axes, pixels, lengths):
@@ -262,6 +262,11 @@ def overlay(ax, pixels: Tensor, values: Tensor, cmap: str, low: float, high: flo
     if label is not None:
         below, above = values.min() < low, values.max() > high
         _bar(ax, image, label, 'both' if below and above else 'min' if below else 'max' if above else 'neither')
+
+
+def plain(text: str) -> str:
+    """Text that Matplotlib takes for no formula."""
+    return text.replace('$', r'\$')
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -324,7 +329,7 @@ def _explain(figure: Figure, head: str, text: str) -> None:
     """A title above, and below how the picture is read."""
     width = figure.get_figwidth()
     lines = [textwrap.fill(line, int(8.5 * width)) for line in head.splitlines()]
-    figure.suptitle('\n'.join(lines), fontsize=12)
+    figure.suptitle(plain('\n'.join(lines)), fontsize=12)
     figure.supxlabel(textwrap.fill(' '.join(text.split()), int(13 * width)), fontsize=9)
 
 

@@ -3,7 +3,6 @@
 The images are loaded and the model is run as timm's `validate.py` does.
 """
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from timm.data import ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 
-from .checkpoint import CheckpointError
+from .checkpoint import UNLOADABLE, CheckpointError, explained, read_config
 from .hub import WEIGHTS_NAME
 from .published import PUBLISHED
 
@@ -71,10 +70,8 @@ def verify(
         CheckpointError: If nothing was published to compare with, or the images are not of ImageNet's classes.
         RuntimeError: If there are no images, or the weights do not fit.
     """
-    config = json.loads(Path(folder, 'config.json').read_text())
-    name = f'{config["architecture"]}.{config["pretrained_cfg"].get("tag")}'
-    if name not in PUBLISHED:
-        raise CheckpointError(f'{folder} holds {name}, for which no ImageNet accuracy was published')
+    config = read_config(folder)
+    name = _published_name(folder)
     if not Path(data).is_dir():
         raise CheckpointError(f'{data} is no folder; give one with a folder of images per class')
     dataset = create_dataset('', root=str(data), split='validation')
@@ -109,8 +106,18 @@ def verify(
     return Verification(name, top1.count, (top1.avg, top5.avg), published, tolerance)
 
 
+def _published_name(folder: Path) -> str:
+    config = read_config(folder)
+    name = f'{config["architecture"]}.{config["pretrained_cfg"].get("tag")}'
+    if name not in PUBLISHED:
+        raise CheckpointError(f'{folder} holds {name}, for which no ImageNet accuracy was published')
+    return name
+
+
 def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2, device: str = 'cpu') -> int:
-    """Evaluates one converted model, or each in a folder of them, and prints how it compares.
+    """Evaluates one converted model, or each in a folder of them, and prints how each compares once that is known.
+
+    Of several, those for which no accuracy was published are left out, and one that fails does not stop the others.
 
     Args:
         folder: What `convert` wrote, or a folder that holds such folders.
@@ -120,7 +127,7 @@ def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2,
         device: Where the model runs.
 
     Returns:
-        Exit status: 0 if all models agree with their published accuracy, else 1.
+        Exit status: 0 if all models that were evaluated agree with their published accuracy, else 1.
 
     Raises:
         CheckpointError: If there is no converted model, nothing was published to compare with, or the images are not of
@@ -132,15 +139,35 @@ def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2,
         path.parent for path in folder.glob(f'*/{WEIGHTS_NAME}'))
     if not folders:
         raise CheckpointError(f'{folder} holds no converted model; make one with python -m timm_cotnet.convert')
-    results = [verify(folder, data, batch_size, workers, device) for folder in folders]
-    for result in results:
+    known = []
+    for one in folders:
+        try:
+            _published_name(one)
+            known.append(one)
+        except (CheckpointError, OSError) as e:
+            if len(folders) == 1:
+                raise
+            print(f'left out: {e}', file=sys.stderr)
+    if not known:
+        raise CheckpointError(f'{folder} holds no model for which an ImageNet accuracy was published')
+    failed = False
+    for one in known:
+        try:
+            result = verify(one, data, batch_size, workers, device)
+        except UNLOADABLE as e:
+            if len(known) == 1:
+                raise
+            print(f'\n{one}: {explained(e)}', file=sys.stderr)
+            failed = True
+            continue
+        failed = failed or not result.agrees
         for what, measured, published, tolerance in zip(
                 ('top-1', 'top-5'), result.measured, result.published, result.tolerance):
             print(
                 f'{result.name}: {what} {measured:.3f} %, published {published:.1f} %, '
                 f'difference {measured - published:+.3f}, tolerance {tolerance:.2f} points')
         print(f'{result.name}: {"agrees" if result.agrees else "DOES NOT AGREE"} on {result.images} images')
-    return int(not all(result.agrees for result in results))
+    return int(failed)
 
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -165,8 +192,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         return verify_all(args.folder, args.data, args.batch_size, args.workers, args.device)
-    except (CheckpointError, OSError, RuntimeError) as e:  # the last from timm, about images or weights
-        print(f'error: {e}', file=sys.stderr)
+    except UNLOADABLE as e:  # of timm, about images or weights, too
+        print(f'error: {explained(e)}', file=sys.stderr)
         return 1
 
 

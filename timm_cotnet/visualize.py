@@ -8,7 +8,6 @@ What the layers compute is taken by hooks on their children, so that the model s
 import argparse
 import contextlib
 import importlib.util
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from .checkpoint import UNLOADABLE, explained, read_config
 from .hub import WEIGHTS_NAME
 from .layers import CotLayer
 from .misfit import first_few
@@ -164,7 +164,7 @@ def grad_cam(model: nn.Module, x: Tensor, top: int = 3) -> GradCam:
         top: Number of classes.
 
     Raises:
-        ValueError: If x is not one image, or the model gives no class scores.
+        ValueError: If x is not one image, the model gives no class scores, or its last stage is not called as a module.
     """
     _check_single(x)
     stages = [stage['module'] for stage in getattr(model, 'feature_info', ()) or ()]
@@ -181,6 +181,10 @@ def grad_cam(model: nn.Module, x: Tensor, top: int = 3) -> GradCam:
             scores = model(x.clone().to(next(model.parameters())))
             if not isinstance(scores, Tensor) or scores.ndim != 2 or getattr(model, 'num_classes', 1) == 0:
                 raise ValueError('the model gives no class scores')
+            if not features:
+                raise ValueError(
+                    'the model passes the call of its last stage by, as gradient checkpointing does: turn that off by '
+                    'set_grad_checkpointing(False)')
             probabilities, classes = scores[0].softmax(0).topk(min(top, scores.shape[1]))
             maps = []
             for index in classes:
@@ -236,8 +240,8 @@ def visualize(
         The page, `index.html`.
 
     Raises:
-        ValueError: If the model has no such layers or takes no images of 1 or 3 channels, a file is no image, or output
-            cannot be made.
+        ValueError: If the model has no such layers, takes no images of 1 or 3 channels or has weights that are not
+            finite, a file is no image, or output cannot be made or holds one of the images.
     """
     from . import pictures
 
@@ -254,10 +258,13 @@ def visualize(
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     names = class_names or _class_names(model)
     title = title or config.get('architecture') or type(model).__name__
-    images, mode = [Path(path) for path in images], 'L' if channels == 1 else 'RGB'
+    images, mode, output = [Path(path) for path in images], 'L' if channels == 1 else 'RGB', Path(output)
     for path in images:  # refused before anything is written
         _open(path, mode)
-    output = Path(output)
+        if path.resolve().parent == output.resolve():
+            raise ValueError(f'output is {output}, where {path.name} lies and may be written over: give another folder')
+    if not all(t.isfinite().all() for t in model.state_dict().values()):
+        raise ValueError('the model has weights that are not finite, so there is nothing to see: its training diverged')
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -322,18 +329,22 @@ def load_model(
 
     Raises:
         RuntimeError: If timm knows no such model, or the checkpoint does not fit.
-        OSError: If there is no such checkpoint, or a folder has no config.json.
+        OSError: If there is no such checkpoint, or a folder has no config.json or no weights.
+        CheckpointError: If the config.json is not that of a classifier.
     """
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f'--checkpoint is {checkpoint}, where no file is')
     classes = {} if num_classes is None else {'num_classes': num_classes}
     folder = Path(name.removeprefix('local-dir:'))
     if (folder / 'config.json').is_file():  # timm before 1.0.16 reads no folders
-        config = json.loads((folder / 'config.json').read_text())
+        config = read_config(folder)
         known = dict(config['pretrained_cfg'], label_names=config.get('label_names'))
+        options = {**(config.get('model_args') or {}), 'num_classes': config.get('num_classes', 1000), **classes}
+        if checkpoint is None and not (folder / WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(f'{folder} has no {WEIGHTS_NAME}; give weights by --checkpoint')
         model = timm.create_model(
             config['architecture'], pretrained_cfg=known, checkpoint_path=checkpoint or folder / WEIGHTS_NAME,
-            **{'num_classes': config['num_classes'], **classes})
+            **options)
         return model.eval(), ''
     if folder.is_dir() and not timm.is_model(name):
         raise FileNotFoundError(f'{folder} is a folder without config.json, which convert and demo write')
@@ -393,8 +404,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             parser.error(f'--device is {args.device}, which cannot be used: {error}')
         page = visualize(
             model, args.images, args.output, size, args.layers, args.top, title=args.model, note=note)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
+    except UNLOADABLE as error:
+        print(f'error: {explained(error)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f'\nStopped. Pictures that were drawn before are in {args.output}.', file=sys.stderr)
