@@ -235,6 +235,86 @@ def test_input_size_and_norm_layer():
     assert report.macs[''][1] < report.macs[''][0]
 
 
+def test_bottlenecks_of_any_width():
+    model = ResNet(Bottleneck, layers=(1, 1, 1, 1), channels=(16, 12, 16, 16), base_width=128)
+    report = replace_conv3x3(model)
+    assert 'layer2.0.conv2' in report.replaced and model.layer2[0].conv2.dim == 24
+    assert model(image(2, 3, 64, 64)).shape == (2, 1000)
+
+
+class _NarrowNorm(nn.BatchNorm2d):
+    """Fails when it is made, or when it runs, for more than 32 channels."""
+
+    def __init__(self, dim, at_once):
+        if at_once and dim > 32:
+            raise ValueError(f'{dim} channels')
+        super().__init__(dim)
+
+    def forward(self, x):
+        if x.shape[1] > 32:
+            raise ValueError(f'{x.shape[1]} channels')
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('at_once', [True, False])
+def test_failures_leave_the_model_as_it_was(at_once):
+    model = ResNet(Bottleneck, **TINY)
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r'\d+ channels'):
+        replace_conv3x3(model, norm_layer=lambda dim: _NarrowNorm(dim, at_once), input_size=(3, 64, 64))
+    assert dict(model.named_modules()) == modules
+
+
+class _Caching(nn.Conv2d):
+    """Keeps a tensor of its first call."""
+    kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = torch.ones_like(x)
+        return super().forward(x + self.kept)
+
+
+def test_counting_leaves_no_traces():
+    model = nn.Sequential(_Caching(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+    seen = []
+    model[2].register_forward_hook(lambda *args: seen.append(args))
+    model.register_forward_pre_hook(lambda *args: seen.append(args))
+    report = replace_conv3x3(model, input_size=(16, 10, 12))
+    assert model[0].kept is None and seen == [] and report.macs['1'][0] == 9 * 16 * 16 * 120
+    assert all(tensor.device.type == 'cpu' for tensor in model.state_dict().values())
+    model(image(2, 16, 8, 8))
+    assert len(seen) == 2 and len(model[1]._forward_hooks) == 0
+
+
+def test_weights_that_hooks_compute_are_counted():
+    model = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.Conv2d(16, 16, 3, padding=1, bias=False))
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[0])
+    report = replace_conv3x3(model, input_size=(16, 10, 12))
+    assert report.macs[''][0] == 10 * 16 * 16 * 120 and model[0].weight.device.type == 'cpu'
+
+
+class _Raising(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error('cannot run')
+
+
+@pytest.mark.parametrize('error', [RuntimeError, AssertionError, ValueError, TypeError])
+def test_models_that_cannot_be_counted(error):
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), _Raising(error))
+    model.pretrained_cfg = dict(input_size=(3, 32, 32))
+    with pytest.raises(error, match='cannot run'):
+        replace_conv3x3(model, input_size=(16, 32, 32))
+    assert type(model[0]) is nn.Conv2d
+    report = replace_conv3x3(model)
+    assert report.macs == {} and type(model[0]) is CotLayer
+
+
 @pytest.mark.slow
 def test_copies_and_scripts():
     model = shaken(ResNet(Bottleneck, **TINY))

@@ -4,7 +4,8 @@ Paper: `Contextual Transformer Networks for Visual Recognition` - https://arxiv.
 timm's `resnet50` becomes `cotnet50`, key for key: its bottlenecks become `CotBottleneck`s, which have no norm and no
 activation behind the CoT layer. In blocks of other kinds only the convolution goes.
 """
-from collections import Counter, defaultdict
+import copy
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -35,7 +36,7 @@ class Replacements:
         kept: Name of each other convolution with a kernel larger than 1x1 that was chosen, and why it was kept.
         params: Parameters of the network before and after; by name of a replaced convolution, its own.
         macs: Multiply-accumulates of convolutions, linear layers and local convolutions for one image, likewise; empty
-            where the size of the input is not known, and no input_size was given.
+            where no input_size was given, and that of the model is not known or cannot be counted with.
     """
     replaced: Dict[str, str]
     kept: Dict[str, str]
@@ -76,6 +77,8 @@ def replace_conv3x3(
 
     Raises:
         ValueError: If stages names one without convolutions, or if nothing can be replaced; says why of each.
+        Exception: What norm_layer raises, or a copy of the model run with the given input_size. Whatever is raised,
+            the model stays as it was.
     """
     chosen = _chosen(model, stages, where)
     reasons = {name: _why_not(model, name, conv, project) for name, conv in chosen.items()}
@@ -84,18 +87,19 @@ def replace_conv3x3(
     if not names:
         reasons = _list_kept(kept) or ['', 'stages and where choose none that is larger than 1x1.']
         raise ValueError('\n'.join([f'{type(model).__name__}: no convolution can become a CoT layer', *reasons[1:]]))
+    layers = {name: _new_layer(model, name, norm_layer) for name in names}
     try:
-        size = input_size or _input_size(model)
-        before = _count(model, names, size)
-    except RuntimeError:  # what the model's configuration says is not what it takes
+        macs = _count_macs(model, layers, input_size or _input_size(model))
+    except Exception:  # what the model's configuration says is not what it takes, or it does not run on meta
         if input_size is not None:
             raise
-        size = None
-        before = _count(model, names, size)
-    replaced = {name: _replace(model, name, norm_layer) for name in names}
+        macs = {}
+    before = _count_params(model, names)
+    _put(model, layers)  # last, so that what fails above leaves the model as it was
     _make_foldable(model)
-    after = _count(model, names, size)
-    params, macs = ({key: (old[key], new[key]) for key in old} for old, new in zip(before, after))
+    after = _count_params(model, names)
+    replaced = {name: _describe(chosen[name]) for name in names}
+    params = {name: (before[name], after[name]) for name in before}
     return Replacements(replaced, kept, params, macs)
 
 
@@ -165,32 +169,40 @@ def _parent(model: nn.Module, name: str) -> Tuple[nn.Module, str]:
     return model.get_submodule(parent), child
 
 
-def _replace(model: nn.Module, name: str, norm_layer) -> str:
-    """Replaces one convolution; returns a word on what has taken its place."""
+def _new_layer(model: nn.Module, name: str, norm_layer) -> nn.Module:
+    """What takes the place of the convolution with this name; the model is left alone."""
     block, child = _parent(model, name)
     conv = getattr(block, child)
-    stride, groups = conv.stride[0], conv.groups
-    is_bottleneck = _is_bottleneck(block, conv)
-    layer = create_cot_layer(conv.in_channels, 1 if is_bottleneck else stride, conv.dilation[0], groups, norm_layer)
+    stride = 1 if _is_bottleneck(block, conv) else conv.stride[0]
+    layer = create_cot_layer(conv.in_channels, stride, conv.dilation[0], conv.groups, norm_layer)
     if conv.in_channels != conv.out_channels:
         layer = nn.Sequential(layer, nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None))
     for module in layer.modules():  # as timm's ResNet does
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-    layer.to(conv.weight).train(conv.training)
-    if is_bottleneck:
-        parent, child = _parent(model, name.rpartition('.')[0])
-        layer = _cot_bottleneck(block, layer, stride)
-        block = parent
-    setattr(block, child, layer)
-    words = ['pool'] * (stride > 1) + ['CotLayer' if groups == 1 else 'CoxtLayer']
+    return layer.to(conv.weight).train(conv.training)
+
+
+def _put(model: nn.Module, layers: Dict[str, nn.Module]) -> None:
+    """Sets the new layers in the places of the convolutions with their names."""
+    for name, layer in layers.items():
+        block, child = _parent(model, name)
+        conv = getattr(block, child)
+        if _is_bottleneck(block, conv):
+            layer = _cot_bottleneck(block, layer, conv.stride[0])
+            block, child = _parent(model, name.rpartition('.')[0])
+        setattr(block, child, layer)
+
+
+def _describe(conv: nn.Conv2d) -> str:
+    """A word on what takes the place of conv."""
+    words = ['pool'] * (conv.stride[0] > 1) + ['CotLayer' if conv.groups == 1 else 'CoxtLayer']
     return ', '.join(words + ['1x1'] * (conv.in_channels != conv.out_channels))
 
 
 def _cot_bottleneck(block: Bottleneck, layer: CotLayer, stride: int) -> CotBottleneck:
-    made = CotBottleneck(
-        block.conv1.in_channels, block.conv3.out_channels // CotBottleneck.expansion, block.stride,
-        dilation=block.dilation, device='meta')
+    made = CotBottleneck(  # all its parts go, so planes need only be a number that a CoT layer takes
+        block.conv1.in_channels, block.conv2.in_channels, block.stride, dilation=block.dilation, device='meta')
     for name in ('conv1', 'bn1', 'drop_block', 'act1', 'conv3', 'bn3'):
         setattr(made, name, getattr(block, name))
     for name in ('se', 'act3', 'downsample', 'drop_path'):  # which may be None: deleted first, so that the order stays
@@ -221,12 +233,39 @@ def _input_size(model: nn.Module) -> Optional[Tuple[int, int, int]]:
     return (first.in_channels, *size[1:])
 
 
-def _count(model: nn.Module, names: Sequence[str], input_size) -> Tuple[Dict[str, int], Dict[str, int]]:
-    """Parameters and multiply-accumulates of the modules with these names, and of the network (''), without memory."""
-    names = ['', *names]
-    params = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in names}
+def _count_params(model: nn.Module, names: Sequence[str]) -> Dict[str, int]:
+    """Parameters of the modules with these names, and of the network ('')."""
+    return {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ['', *names]}
+
+
+def _count_macs(model: nn.Module, layers: Dict[str, nn.Module], input_size) -> Dict[str, Tuple[int, int]]:
+    """Multiply-accumulates of the network ('') and of what is replaced, before and after; of a copy without memory."""
     if input_size is None:
-        return params, {}
+        return {}
+    model, layers = _copy_to_meta(model, layers)
+    before = _run(model, list(layers), input_size)
+    _put(model, layers)
+    after = _run(model, list(layers), input_size)
+    return {name: (before[name], after[name]) for name in before}
+
+
+def _copy_to_meta(model: nn.Module, layers: Dict[str, nn.Module]) -> Tuple[nn.Module, Dict[str, nn.Module]]:
+    """Copies on meta, without hooks: what they do when they run leaves no traces in the originals."""
+    memo = {}  # of deepcopy: what stands for an object in the copy
+    for module in (part for network in (model, *layers.values()) for part in network.modules()):
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, nn.Parameter):
+                memo[id(tensor)] = nn.Parameter(tensor.detach().to('meta'), tensor.requires_grad)
+            elif isinstance(tensor, torch.Tensor):
+                memo[id(tensor)] = tensor.detach().to('meta')
+        for name, value in vars(module).items():
+            if name.endswith('_hooks') and isinstance(value, OrderedDict):
+                memo[id(value)] = OrderedDict()
+    return copy.deepcopy((model, layers), memo)
+
+
+def _run(model: nn.Module, names: Sequence[str], input_size) -> Dict[str, int]:
+    """Runs a network on meta; multiply-accumulates of the modules with these names, and of the network ('')."""
     macs = defaultdict(int)
 
     def count(name, module, out):
@@ -240,19 +279,14 @@ def _count(model: nn.Module, names: Sequence[str], input_size) -> Tuple[Dict[str
     handles = [
         module.register_forward_hook(lambda module, args, out, name=name: count(name, module, out))
         for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear, CotLayer))]
-    state = {name: tensor.to('meta') for part in (model.named_parameters(), model.named_buffers())
-             for name, tensor in part}
     batch = 2  # norms in training mode refuse a single pixel
-    x = torch.empty(batch, *input_size, device='meta', dtype=next(model.parameters()).dtype)
-    try:
-        with torch.no_grad():
-            torch.func.functional_call(model, state, (x,))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return params, {
+    with torch.no_grad():
+        model(torch.empty(batch, *input_size, device='meta', dtype=next(model.parameters()).dtype))
+    for handle in handles:
+        handle.remove()
+    return {
         name: sum(n for part, n in macs.items() if not name or f'{part}.'.startswith(f'{name}.')) // batch
-        for name in names}
+        for name in ['', *names]}
 
 
 def _before_after(counts: Optional[Tuple[int, int]], unit: float) -> str:
