@@ -182,6 +182,17 @@ def test_command(tmp_path, capsys, converted):
     assert written['roi_heads.stages.2.box_predictor.bbox_pred.weight'].shape == (4, 1024)
 
 
+def test_second_detector_of_a_name_is_refused(tmp_path, capsys, converted):
+    folder, state_dict = converted('cascade_mask_rcnn')
+    first, second = folder / 'model_final.pth', tmp_path / 'second.pth'
+    second.symlink_to(first)
+    assert main([str(first), str(second), '--output', str(tmp_path / 'out')]) == 1
+    made = tmp_path / 'out' / 'cascade_mask_rcnn_test_cotnet_fpn'
+    captured = capsys.readouterr()
+    assert f'{second}: it is {made.name} like {first}, which {made} holds now' in captured.err
+    assert captured.out.count('model   ') == 1
+
+
 def test_publish_takes_whole_detectors_only(converted, tmp_path):
     folder, _ = converted('cascade_mask_rcnn')
     config = json.loads((folder / 'out' / 'config.json').read_text())

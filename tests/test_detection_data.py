@@ -41,6 +41,10 @@ def content(**changes):
     )
 
 
+NOTHING_LEFT = [  # of these boxes once they are cut at the border, or rounded to single precision
+    [40.2, 5, 0.5, 8], [-0.9, 5, 0.5, 8], [5, 30.2, 8, 0.5], [5, -0.9, 8, 0.5], [30, 5, 1e-7, 8], [5, 6, 8, 1e-7]]
+
+
 def test_shapes_are_the_same_each_time_and_their_boxes_are_those_of_their_masks(shapes, tmp_path, capsys):
     main([str(tmp_path), '--train', '12', '--val', '6'])
     assert str(tmp_path) in capsys.readouterr().out
@@ -77,6 +81,7 @@ def test_polygons_run_lengths_crowds_and_boxes_without_area(tmp_path):
         dict(first, id=3, iscrowd=1, segmentation=dict(size=[30, 40], counts=counts)),
         dict(first, id=4, bbox=[5, 6, 0, 8]),
         dict(first, id=5, bbox=[39, 29, 1.5, 1.5]),  # cut at the border
+        *(dict(first, id=6 + i, bbox=bbox) for i, bbox in enumerate(NOTHING_LEFT)),
     ]
     dataset = CocoDataset(*write(tmp_path, found), masks=True)
     _, target = dataset[0]
@@ -86,8 +91,21 @@ def test_polygons_run_lengths_crowds_and_boxes_without_area(tmp_path):
     square[6:14, 5:15] = 1
     assert torch.equal(torch.as_tensor(target['masks'][0]), square) and torch.equal(*target['masks'][:2])
     truth = dataset.truth()['annotations']
-    assert [a['id'] for a in truth] == [1, 2, 3, 4, 5]
-    assert [a['iscrowd'] for a in truth] == [0, 0, 1, 0, 0]
+    assert [a['id'] for a in truth] == list(range(1, 6 + len(NOTHING_LEFT)))
+    assert [a['iscrowd'] for a in truth] == [0, 0, 1, *[0] * (2 + len(NOTHING_LEFT))]
+
+
+def test_compressed_run_lengths(tmp_path):
+    from faster_coco_eval.core import mask
+
+    generator = np.random.default_rng(0)
+    for index, share in enumerate((0.01, 0.5, 0.99, 0, 1)):
+        expected = (generator.random((30, 40)) < share).astype(np.uint8)
+        code = mask.encode(np.asfortranarray(expected))
+        (tmp_path / str(index)).mkdir()
+        found = content(segmentation=dict(size=[30, 40], counts=code['counts'].decode()))
+        _, target = CocoDataset(*write(tmp_path / str(index), found), masks=True)[0]
+        assert np.array_equal(target['masks'][0], expected)
 
 
 def test_images_without_targets_are_evaluated_but_not_trained_on(tmp_path):
@@ -137,6 +155,13 @@ def test_labels_of_categories(tmp_path, ids, labels):
     (content(bbox=[-3, 6, 10, 8]), r'annotations\[0\] is .*inside its image of 40 x 30 pixels'),
     (content(segmentation=[]), r'annotations\[0\] is .*expected with a segmentation'),
     (content(segmentation=[[1, 2, 3, 4]]), r'annotations\[0\] is .*expected with a segmentation'),
+    (content(segmentation=dict(size=[30, 40], counts=[81])), r'annotations\[0\] is .*run-length code that fills its'),
+    (content(segmentation=dict(size=[30, 40], counts=[-1, 1201])), r'annotations\[0\] is .*that fills its image'),
+    (content(segmentation=dict(size=[30, 40], counts='0120')), r'annotations\[0\] is .*that fills its image'),
+    (content(segmentation=dict(size=[30, 40], counts='~')), r'annotations\[0\] is .*that fills its image'),
+    (content(iscrowd=1, segmentation=None), r'annotations\[0\] is .*expected with a segmentation'),
+    (content(iscrowd=None), r'annotations\[0\] is .*with an iscrowd of 0 or 1'),
+    (content(id=77, segmentation=[[1.5] * 99]), r'annotations\[0\] is .*\.\.\. \(id 77\), expected with a segm'),
     (content(segmentation=dict(size=[9, 9], counts=[81])), r'annotations\[0\] is .*expected with a segmentation'),
     (dict(content(), images=[dict(id=1, file_name='2.png', width=40, height=30)]), 'lists image 1, but .*2.png cannot'),
 ])

@@ -12,10 +12,10 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_cotnet.detection import maskrcnn_cotnet_fpn, train
 from timm_cotnet.detection.shapes import write_shapes
-from timm_cotnet.detection import maskrcnn_cotnet_fpn
-from timm_cotnet.detection.state import StateError, load_state, save_state
-from timm_cotnet.detection.train import main
+from timm_cotnet.detection.state import StateError, load_state, save_detector, save_state
+from timm_cotnet.detection.train import SETTINGS, differing_names, main, parse_args
 
 pytest.importorskip('faster_coco_eval', reason='faster-coco-eval is of the extra "detection"')
 
@@ -117,6 +117,82 @@ def test_two_processes_share_the_work(shapes, tmp_path):
     assert set(json.loads(together.splitlines()[-1])) == set(json.loads(alone.splitlines()[-1]))
 
 
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory):
+    """Folder of a detector as a run writes it."""
+    folder = tmp_path_factory.mktemp('detector')
+    kwargs = dict(min_size=64, max_size=96, rpn_post_nms_top_n_test=4)
+    model = maskrcnn_cotnet_fpn('test_cotnet', weights_backbone=None, num_classes=4, norm='frozen', **kwargs)
+    save_detector(folder, model, dict(
+        detector='maskrcnn_cotnet_fpn', backbone='test_cotnet', num_classes=4,
+        categories={1: 'circle', 2: 'square', 3: 'triangle'}, image_mean=[0.5] * 3, image_std=[0.2] * 3,
+        made=dict(norm='frozen', model_kwargs=kwargs)))
+    return folder
+
+
+def not_evaluated(model, *_):
+    model.eval()
+    return dict(box_AP=0.5)
+
+
+def evaluation(data, detector, output):
+    return ['--data', str(data), '--eval', '--weights', str(detector), '--output', str(output), '--device', 'cpu',
+            '--workers', '0']
+
+
+def test_evaluation_looks_first_whether_it_can_write(shapes, detector, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr(train, 'evaluate', lambda *args: pytest.fail('evaluated'))
+    with pytest.raises(SystemExit, match='--output is .*file, where nothing can be written: '):
+        main(evaluation(shapes, detector, tmp_path / 'file'))
+
+
+def test_numbers_are_printed_before_the_picture_is_drawn(shapes, detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'evaluate', not_evaluated)
+    main(evaluation(shapes, detector, tmp_path))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == dict(box_AP=0.5)
+    (tmp_path / 'predictions.png').unlink()
+    (tmp_path / 'predictions.png').mkdir()
+    with pytest.raises(SystemExit, match=r'predictions\.png cannot be written: '):
+        main(evaluation(shapes, detector, tmp_path))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == dict(box_AP=0.5)
+
+
+def test_other_names_of_classes_are_noticed(detector, tmp_path, monkeypatch, capsys):
+    data = write_shapes(tmp_path / 'shapes', train=4, val=1)
+    for path in (data / 'annotations').iterdir():
+        content = json.loads(path.read_text())
+        content['categories'][1]['name'], content['categories'][2]['name'] = 'triangle', 'square'
+        path.write_text(json.dumps(content))
+    message = "2 is 'square' in the weights and 'triangle' in the data, 3 is 'triangle' in the weights"
+    with pytest.raises(SystemExit, match=message):
+        main(evaluation(data, detector, tmp_path / 'output'))
+    monkeypatch.setattr(train, 'fit', lambda *args: None)
+    monkeypatch.setattr(train, 'evaluate', not_evaluated)
+    main([option for option in evaluation(data, detector, tmp_path / 'output') if option != '--eval'])
+    assert f'other classes than {data}/annotations/instances_val.json: {message}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('stored, names, differing', [
+    (None, {1: 'a'}, []),
+    ({'1': 'a', '2': 'b'}, {2: 'b'}, []),
+    ({'1': 'a'}, {1: '7'}, []),  # the data have no names
+    ({'1': '7'}, {1: '8'}, [(1, '7', '8')]),
+    ({'1': 'a', '2': 'b', '4': 'd'}, {1: 'a', 3: 'c', 4: 'd'}, [(3, None, 'c')]),
+    (['__background__', 'a', 'N/A', 'c'], {1: 'a', 3: 'b'}, [(3, 'c', 'b')]),
+])
+def test_differing_names(stored, names, differing):
+    assert differing_names(stored, names) == differing
+
+
+def test_arguments_of_the_detector_are_added_to_those_it_was_made_with(shapes, detector, tmp_path):
+    args = evaluation(shapes, detector, tmp_path)
+    stored = dict(min_size=64, max_size=96, rpn_post_nms_top_n_test=4)
+    assert parse_args(args).model_kwargs == stored
+    added = parse_args([*args, '--model-kwargs', 'max_size=80', 'box_score_thresh=0.1']).model_kwargs
+    assert added == stored | dict(max_size=80, box_score_thresh=0.1)
+
+
 @pytest.mark.parametrize('options, message', [
     (['--device', 'no_such_device'], '--device is no_such_device, which cannot be used: '),
     (['--backbone', 'no_such_backbone'], 'maskrcnn_cotnet_fpn on no_such_backbone cannot be made: '),
@@ -171,6 +247,14 @@ def test_missing_extra_is_named(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(SystemExit, match=r'get it by: pip install "timm-cotnet\[detection\]"'):
         main(arguments(shapes, tmp_path))
+
+
+def test_resuming_needs_the_same_start_of_the_backbone(shapes, tmp_path):
+    args = arguments(shapes, tmp_path, '--epochs', '1', '--no-pretrained-backbone', '--resume')
+    settings = {name: getattr(parse_args(args), name) for name in SETTINGS}
+    save_state(tmp_path, 1, settings | dict(pretrained_backbone=True))
+    with pytest.raises(SystemExit, match='another run: .*pretrained_backbone was True and is False'):
+        main(args)
 
 
 def test_state_is_whole_or_refused(tmp_path):

@@ -11,7 +11,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from timm_cotnet.detection import cascade_rcnn_cotnet_fpn, fasterrcnn_cotnet_fpn, weights
 from timm_cotnet.detection.cards import published_config
+from timm_cotnet.detection.convert import check_detector
 from timm_cotnet.detection.published import PUBLISHED_DETECTORS
+from timm_cotnet.detection.state import save_detector
 from timm_cotnet.pretrained import WeightsError
 from timm_cotnet.published import PUBLISHED
 
@@ -51,6 +53,24 @@ def test_folder_gives_weights_and_pixel_statistics(folder):
     assert norms == {FrozenBatchNorm2d} and frozen.transform.image_mean == [0.] * 3
     key = 'roi_heads.box_head.0.1.running_mean'
     assert torch.equal(frozen.state_dict()[key], saved[key])
+
+
+def test_detector_made_with_frozen_norms_loads_again(tmp_path):
+    """Its pyramid and heads have no norms, whatever norms are asked for."""
+    made = fasterrcnn_cotnet_fpn('test_cotnet', weights_backbone=None, num_classes=4, norm='frozen')
+    config = dict(detector='fasterrcnn_cotnet_fpn', backbone='test_cotnet', num_classes=4, image_mean=[0.1] * 3,
+                  image_std=[0.2] * 3, made=dict(norm='frozen', model_kwargs={}))
+    save_detector(tmp_path, made, config)
+    expected = made.state_dict()
+    assert 'roi_heads.box_head.0.0.bias' in expected and 'backbone.fpn.inner_blocks.0.0.bias' in expected
+    for norm in ('frozen', 'batch', 'sync'):
+        model = fasterrcnn_cotnet_fpn('test_cotnet', weights=tmp_path, num_classes=4, norm=norm)
+        found = {key: value for key, value in model.state_dict().items() if not key.endswith('num_batches_tracked')}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+        norms = {type(module) for module in model.modules() if 'BatchNorm' in type(module).__name__}
+        assert (norms == {FrozenBatchNorm2d}) == (norm == 'frozen')
+    assert check_detector(expected, config) == 'fasterrcnn_test_cotnet_fpn'
 
 
 def test_other_number_of_classes_starts_predictors_at_random(folder):

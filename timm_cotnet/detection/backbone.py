@@ -51,6 +51,7 @@ def cotnet_fpn_backbone(
         pretrained: bool = False,
         trainable_layers: int = 3,
         norm: str = 'sync',
+        pyramid_norms: bool = True,
         returned_layers: Optional[List[int]] = None,
         extra_blocks: Optional[ExtraFPNBlock] = None,
 ) -> BackboneWithFPN:
@@ -63,6 +64,7 @@ def cotnet_fpn_backbone(
             norms of the others are frozen.
         norm: Batch norms of what is trained, the pyramid included: 'sync', 'batch', or 'frozen'. With 'frozen', the
             pyramid has biases instead of norms.
+        pyramid_norms: Whether the pyramid has norms, else biases, where `norm` is not 'frozen'.
         returned_layers: Stages that the pyramid is built on, by default [1, 2, 3, 4].
         extra_blocks: What adds levels to the pyramid, by default a max-pool of the coarsest.
 
@@ -91,7 +93,8 @@ def cotnet_fpn_backbone(
         body = freeze_batch_norm_2d(body)
 
     fpn = FeaturePyramidNetwork(
-        body.feature_info.channels(), OUT_CHANNELS, extra_blocks or LastLevelMaxPool(), norm_layer=NORMS[norm])
+        body.feature_info.channels(), OUT_CHANNELS, extra_blocks or LastLevelMaxPool(),
+        norm_layer=NORMS[norm] if pyramid_norms else None)
     return BackboneWithFPN(body, fpn, OUT_CHANNELS)
 
 

@@ -21,7 +21,7 @@ from .cards import detector_card_files
 from .heads import AnchorGenerator
 from .models import ANCHOR_SIZES, ASPECT_RATIOS, DETECTORS
 from .published import COCO_CATEGORIES, PUBLISHED_DETECTORS, TAG, detector_name
-from .weights import CONFIG_KEYS
+from .weights import CONFIG_KEYS, has_norms
 
 __all__ = ['DIFFERENCES', 'DetectorConversion', 'check_detector', 'convert_detector', 'rename_detector']
 
@@ -86,13 +86,20 @@ class DetectorConversion:
     digests: Dict[str, str] = field(default_factory=dict)
 
 
-def convert_detector(path: Path, output: Path, inside: bool = False) -> DetectorConversion:
+def convert_detector(
+        path: Path,
+        output: Path,
+        inside: bool = False,
+        before: Optional[Dict[str, Path]] = None,
+) -> DetectorConversion:
     """Converts one checkpoint; afterwards `output` holds what the Hub repository of the detector holds.
 
     Args:
         path: Checkpoint.
         output: Folder to write to; the files of an earlier conversion in it are replaced.
         inside: Write to a folder inside `output` that is named after the detector.
+        before: Checkpoints that are converted already, by the names of their detectors; another of the same name is
+            refused.
 
     Raises:
         CheckpointError: If the checkpoint cannot be converted.
@@ -102,6 +109,9 @@ def convert_detector(path: Path, output: Path, inside: bool = False) -> Detector
     weights, config, notes = rename_detector(state_dict)
     name = check_detector(weights, config)
     output = Path(output, name) if inside else Path(output)
+    if name in (before or {}):
+        raise CheckpointError(
+            f'it is {name} like {before[name]}, which {output} holds now; convert it to another --output')
     digests = write_folder(detector_card_files(name, config), weights, output)
     return DetectorConversion(name, config, '; '.join([taken, *notes]), digests)
 
@@ -234,7 +244,8 @@ def check_detector(weights: Dict[str, torch.Tensor], config: Dict) -> str:
         raise CheckpointError(f'config.json is not that of a detector: it has no {", ".join(missing) or "known one"}')
     kind, backbone, num_classes = config['detector'], config['backbone'], config['num_classes']
     with torch.device('meta'):
-        model = DETECTORS[kind](backbone, weights_backbone=None, num_classes=num_classes, norm='batch')
+        model = DETECTORS[kind](
+            backbone, weights_backbone=None, num_classes=num_classes, norm='batch' if has_norms(weights) else 'frozen')
     found, expected = (
         {key: value for key, value in state.items() if not key.endswith('num_batches_tracked')}
         for state in (weights, model.state_dict()))
@@ -254,14 +265,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument(
         '--output', type=Path, required=True, help='folder to write to; of several checkpoints, each to one inside it')
     args = parser.parse_args(argv)
-    converted = 0
+    converted: Dict[str, Path] = {}
     for path in args.checkpoint:
         try:
-            conversion = convert_detector(path, args.output, inside=len(args.checkpoint) > 1)
+            conversion = convert_detector(path, args.output, inside=len(args.checkpoint) > 1, before=converted)
         except (CheckpointError, OSError) as e:
             print(f'error: {path}: {e}', file=sys.stderr)
             continue
-        converted += 1
+        converted[conversion.name] = path
         folder = args.output / conversion.name if len(args.checkpoint) > 1 else args.output
         print(f'model   {conversion.name}, found by keys and shapes')
         print(f'taken   {conversion.taken}')
@@ -274,7 +285,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'\nAs in detectron2: {AGREEING}.\nDifferent from detectron2, and how much it can matter:')
         for what, how_much in DIFFERENCES:
             print(f'- {what}: {how_much}.')
-    return int(converted < len(args.checkpoint))
+    return int(len(converted) < len(args.checkpoint))
 
 
 if __name__ == '__main__':

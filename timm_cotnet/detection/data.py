@@ -21,6 +21,7 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 __all__ = ['AugmentedDataset', 'CocoDataset', 'DataError', 'TrainingSampler', 'find_split', 'training_transforms']
 
 BORDER = 1.  # pixels by which a box may lie outside of its image, as rounded ones do; it is cut there
+MIN_SIDE = 0.01  # pixels of the thinnest box that is trained on: thinner ones may be rounded to nothing when resized
 
 
 class DataError(ValueError):
@@ -55,7 +56,8 @@ class CocoDataset(Dataset):
     """Images and targets as torchvision's detectors take them.
 
     An item is an image, uint8 (3, H, W), and a target: boxes (N, 4), float32, x1, y1, x2, y2 in pixels; labels (N,),
-    int64; image_id; and with `masks` masks (N, H, W), uint8. Crowds and boxes without an area are left out of targets.
+    int64; image_id; and with `masks` masks (N, H, W), uint8. Crowds and boxes thinner than 0.01 pixels inside of
+    the image are left out of targets.
 
     Labels are the category ids where these are positive and at least half of the numbers up to the largest are taken,
     as in COCO (80 of 90) and in torchvision's models; else categories are numbered from 1 in the order of their ids.
@@ -152,7 +154,8 @@ class CocoDataset(Dataset):
         return image, target
 
     def _targets(self, image_id: int) -> List[Dict[str, Any]]:
-        return [a for a in self.annotations[image_id] if not a.get('iscrowd') and min(a['bbox'][2:]) > 0]
+        image = self.images[image_id]
+        return [a for a in self.annotations[image_id] if not a.get('iscrowd') and _has_area(a['bbox'], image)]
 
     def _read(self) -> Dict[str, Any]:
         try:
@@ -201,9 +204,11 @@ class CocoDataset(Dataset):
         self._expect(
             min(x, y) >= -BORDER and x + width <= image['width'] + BORDER and y + height <= image['height'] + BORDER,
             where, entry, f'with a bbox inside its image of {image["width"]} x {image["height"]} pixels')
-        if self.masks and not entry.get('iscrowd'):
+        is_crowd = entry.get('iscrowd', 0)
+        self._expect(isinstance(is_crowd, int) and is_crowd in (0, 1), where, entry, 'with an iscrowd of 0 or 1')
+        if self.masks:
             self._expect(_is_segmentation(entry.get('segmentation'), image), where, entry,
-                         'with a segmentation: polygons, or a run-length code of its image\'s size')
+                         'with a segmentation: polygons, or a run-length code that fills its image')
 
     def _check_file(self, image_id: int) -> None:
         path = self.folder / self.images[image_id]['file_name']
@@ -217,7 +222,9 @@ class CocoDataset(Dataset):
     def _expect(self, is_right: bool, where: str, entry: Any, wanted: str) -> None:
         if not is_right:
             text = json.dumps(entry)
-            text = text if len(text) <= 200 else f'{text[:200]}...'
+            if len(text) > 200:
+                name = f' (id {entry["id"]})' if isinstance(entry, dict) and 'id' in entry else ''
+                text = f'{text[:200]}...{name}'
             raise DataError(f'{self.path}: {where} is {text}, expected {wanted}')
 
 
@@ -229,12 +236,43 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _has_area(box: List[float], image: Dict[str, Any]) -> bool:
+    """Whether something of a box, given as x, y, width and height, is left inside of its image."""
+    x, y, width, height = box
+    return (min(x + width, image['width']) - max(x, 0) >= MIN_SIDE
+            and min(y + height, image['height']) - max(y, 0) >= MIN_SIDE)
+
+
 def _is_segmentation(value: Any, image: Dict[str, Any]) -> bool:
     if isinstance(value, dict):
-        return bool(value.get('counts')) and value.get('size') == [image['height'], image['width']]
+        size, counts = [image['height'], image['width']], value.get('counts')
+        counts = _runs(counts) if isinstance(counts, str) else counts
+        return value.get('size') == size and isinstance(counts, list) and all(
+            _is_int(count) and count >= 0 for count in counts) and sum(counts) == math.prod(size)
     return isinstance(value, list) and len(value) > 0 and all(
         isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_finite, polygon))
         for polygon in value)
+
+
+def _runs(text: str) -> List[int]:
+    """The run lengths of COCO's compressed code; none where it is no such code.
+
+    A character holds five bits, the lowest first, and whether more of the number follow; from the fourth number on,
+    it is the difference to the last but one that is written.
+    """
+    runs: List[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return []
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # the highest bit is the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if shift == 0 else []
 
 
 def _decode(segmentation: Any, height: int, width: int) -> torch.Tensor:

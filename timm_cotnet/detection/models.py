@@ -18,7 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from .backbone import NORMS, OUT_CHANNELS, cotnet_fpn_backbone
 from .cascade import CascadeRoIHeads, CascadeStage
 from .heads import AlignedRoIAlign, AnchorGenerator, BoxPredictor, RPNHead
-from .weights import find_weights, load_weights
+from .weights import find_weights, has_norms, load_weights, read_keys
 
 __all__ = [
     'DETECTORS', 'cascade_mask_rcnn_cotnet_fpn', 'cascade_rcnn_cotnet_fpn', 'fasterrcnn_cotnet_fpn',
@@ -59,8 +59,8 @@ def fasterrcnn_cotnet_fpn(
         trainable_backbone_layers: How many of stages 4, 3, 2, 1 and stem are trained, counted from the last; by default
             3 where there are weights, else all. Of the others, norms are frozen too.
         norm: Batch norms of what is trained, heads and pyramid included: 'sync', 'batch', or 'frozen'. Heads and
-            pyramid without weights have nothing to freeze: with 'frozen' they have no norms. TorchScript needs 'batch'
-            or 'frozen'.
+            pyramid without weights have nothing to freeze: with 'frozen' they have no norms, nor have they any where
+            `weights` are of such a detector. TorchScript needs 'batch' or 'frozen'.
         kwargs: Arguments of torchvision's detector, such as `min_size`, `box_score_thresh` or `rpn_nms_thresh`.
 
     Raises:
@@ -145,9 +145,12 @@ def _create(
         kwargs = {'image_mean': found.config['image_mean'], 'image_std': found.config['image_std'], **kwargs}
     trainable = _validate_trainable_layers(
         weights is not None or weights_backbone is not None, trainable_backbone_layers, max_value=5, default_value=3)
-    freeze_all = norm == 'frozen' and found is not None
+    head_norms = found is None or has_norms(read_keys(found))
+    # norms of pyramid and heads are frozen once they have their weights
+    freeze_all = norm == 'frozen' and found is not None and head_norms
     model = _build(
-        name, backbone, weights_backbone, num_classes, trainable, 'batch' if freeze_all else norm, dict(kwargs))
+        name, backbone, weights_backbone, num_classes, trainable, 'batch' if freeze_all else norm, head_norms,
+        dict(kwargs))
     if found is not None:
         load_weights(model, found, num_classes)
     return freeze_batch_norm_2d(model) if freeze_all else model
@@ -160,14 +163,16 @@ def _build(
         num_classes: int,
         trainable_layers: int,
         norm: str,
+        head_norms: bool,
         kwargs: Dict[str, Any],
 ) -> FasterRCNN:
     """A detector with the published heads wherever `kwargs` does not name others."""
     masks, cascade = 'mask' in name, name.startswith('cascade')
     body = cotnet_fpn_backbone(
         backbone if weights_backbone in (None, 'DEFAULT') else f'{backbone}.{weights_backbone}',
-        pretrained=weights_backbone is not None, trainable_layers=trainable_layers, norm=norm)
-    norm_layer = NORMS[norm]
+        pretrained=weights_backbone is not None, trainable_layers=trainable_layers, norm=norm,
+        pyramid_norms=head_norms)
+    norm_layer = NORMS[norm] if head_norms else None
     box_head = partial(FastRCNNConvFCHead, (OUT_CHANNELS, 7, 7), [HEAD_CHANNELS] * 4, [BOX_FEATURES], norm_layer)
 
     defaults: Dict[str, Callable[[], Any]] = {

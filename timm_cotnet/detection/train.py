@@ -12,11 +12,12 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from timm.utils import ParseKwargs
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN
 
 from ..hub import WEIGHTS_NAME
+from ..misfit import first_few
 from ..pretrained import WeightsError
 from .data import AugmentedDataset, CocoDataset, DataError, TrainingSampler, find_split, seed_of, training_transforms
 from .evaluate import evaluate
@@ -36,7 +38,9 @@ from .state import STATE, StateError, load_state, save_detector, save_state
 from .weights import find_weights
 
 # options on which the result of a run depends, beside its schedule
-SETTINGS = ('model', 'backbone', 'norm', 'model_kwargs', 'weights', 'batch_size', 'seed', 'amp', 'amp_dtype')
+SETTINGS = (
+    'model', 'backbone', 'pretrained_backbone', 'norm', 'model_kwargs', 'weights', 'batch_size', 'seed', 'amp',
+    'amp_dtype')
 
 
 class DataParallel(DistributedDataParallel):
@@ -81,7 +85,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='start from a whole detector: coco (the official weights), hf-hub:NAME/REPOSITORY, or a folder')
     add('--norm', default='sync', choices=('sync', 'batch', 'frozen'), help='norms (default: %(default)s)')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
-        help='further arguments of the detector, such as min_size=800 trainable_backbone_layers=5')
+        help='further arguments of the detector, such as min_size=800 trainable_backbone_layers=5; those with which a '
+             'folder of --weights was trained need not be repeated')
     add('--output', type=Path, default='cotnet-detection', metavar='DIR', help='for all files (default: %(default)s)')
     add('--eval', action='store_true', help='do not train, evaluate --weights, or what a run left in --output')
     add('--resume', action='store_true', help=f'go on from {STATE} in --output')
@@ -101,9 +106,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     args, _ = parser.parse_known_args(argv)
     if args.eval and not args.weights:
         args.weights = str(args.output)
-    if args.weights:  # a folder knows what detector it holds
-        parser.set_defaults(**_how_made(Path(args.weights, 'config.json')))
+    made = _how_made(Path(args.weights, 'config.json')) if args.weights else {}
+    parser.set_defaults(**made)  # a folder knows what detector it holds
     args = parser.parse_args(argv, argparse.Namespace(weights=args.weights))
+    args.model_kwargs = {**made.get('model_kwargs', {}), **args.model_kwargs}
     for name in ('epochs', 'batch_size', 'lr', 'limit', 'log_interval', 'save_interval'):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -167,38 +173,42 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             raise DataError(f'{train.path} and {val.path} have different categories: {train.names}, {val.names}')
         check_output(args)
     torch.manual_seed(args.seed)
-    model = create_model(args, val.num_classes).to(device)
+    model = create_model(args, val).to(device)
+    if args.eval:
+        check_output(args)  # not before, as weights may be looked for in this folder
     if train is not None:
         fit(args, model, train, device)
 
-    say(f'Evaluation on {len(val)} images of {val.path}')
+    picture = args.output / 'predictions.png'
+    say(f'Evaluation on {len(val)} images of {val.path}, some of which are drawn to {picture}')
     metrics = evaluate(model, evaluation_loader(args, val), val, device)
     if rank() == 0:
-        args.output.mkdir(parents=True, exist_ok=True)
-        draw_predictions(args.output / 'predictions.png', model, val, device)
-        say(f'Drawn: {args.output / "predictions.png"}')
         say(json.dumps(metrics))
+        try:
+            draw_predictions(picture, model, val, device)
+        except OSError as error:
+            raise TrainingError(f'{picture} cannot be written: {error}') from error
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Makes the output folder, unless it is one of another run."""
+    """Makes the output folder, in which files can be written; training refuses one of another run."""
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        is_taken = (args.output / STATE).exists()
+        with tempfile.TemporaryFile(dir=args.output):
+            is_taken = (args.output / STATE).exists()
     except OSError as error:
         raise TrainingError(f'--output is {args.output}, where nothing can be written: {error}') from error
-    if is_taken and not args.resume:
+    if is_taken and not args.resume and not args.eval:
         raise TrainingError(f'--output is {args.output}, which holds {STATE} of a run: go on with it by --resume, or '
                             'take another folder')
 
 
-def create_model(args: argparse.Namespace, num_classes: int) -> FasterRCNN:
-    """The detector that the arguments describe."""
+def create_model(args: argparse.Namespace, dataset: CocoDataset) -> FasterRCNN:
+    """The detector that the arguments describe, with the classes of the data."""
+    num_classes = dataset.num_classes
     try:
-        if args.eval:
-            known = find_weights(args.weights, args.model, args.backbone).config['num_classes']
-            if known != num_classes:
-                raise ValueError(f'{args.weights} has {known} classes with the background, the data {num_classes}')
+        if args.weights:
+            check_classes(args, find_weights(args.weights, args.model, args.backbone).config, dataset)
         return DETECTORS[args.model](
             args.backbone,
             weights=args.weights,
@@ -211,6 +221,45 @@ def create_model(args: argparse.Namespace, num_classes: int) -> FasterRCNN:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise TrainingError(f'{args.model} on {args.backbone} cannot be made: {error}') from error
+
+
+def check_classes(args: argparse.Namespace, config: Dict[str, Any], dataset: CocoDataset) -> None:
+    """Compares the classes of the weights with those of the data, and warns in training where these have other names.
+
+    Raises:
+        ValueError: In evaluation, if they differ.
+    """
+    known = config['num_classes']
+    if known != dataset.num_classes:
+        if args.eval:
+            raise ValueError(
+                f'{args.weights} has {known} classes with the background, the data {dataset.num_classes}')
+        return  # predictors start at random
+    differing = [f'{label} is {name!r} in the weights and {ours!r} in the data'
+                 for label, name, ours in differing_names(config.get('categories'), dataset.names)]
+    if not differing:
+        return
+    text = f'{args.weights} has other classes than {dataset.path}: {first_few(differing)}'
+    if args.eval:
+        raise ValueError(f'{text}. If they mean the same, give them the same names in config.json or in the data')
+    if rank() == 0:
+        print(f'Warning: {text}. Its predictors are trained further all the same', file=sys.stderr, flush=True)
+
+
+def differing_names(stored: Any, names: Dict[int, str]) -> List[Tuple[int, Optional[str], str]]:
+    """Labels whose names differ, with both names.
+
+    Args:
+        stored: What a config.json says: names by label, a list of them, or nothing.
+        names: Names of the labels in the data; a category without one is called by its id.
+    """
+    if not stored:
+        return []
+    stored = stored if isinstance(stored, dict) else dict(enumerate(stored))
+    known = {str(label): str(name) for label, name in stored.items()}  # in JSON, keys are text
+    found = [(label, known.get(str(label)), name) for label, name in names.items()]
+    return [(label, other, name) for label, other, name in found
+            if other != name and (other is None or other.isdigit() == name.isdigit())]
 
 
 def fit(args: argparse.Namespace, model: FasterRCNN, dataset: CocoDataset, device: torch.device) -> None:

@@ -2,10 +2,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Iterable, List, Optional, Union
 
 from huggingface_hub import constants
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,7 +14,7 @@ from ..misfit import differences, first_few
 from ..pretrained import WeightsError
 from .published import CHECKPOINTS_URL, PUBLISHED_DETECTORS, TAG, detector_name
 
-__all__ = ['CONFIG_KEYS', 'DetectorWeights', 'find_weights', 'load_weights']
+__all__ = ['CONFIG_KEYS', 'DetectorWeights', 'find_weights', 'has_norms', 'load_weights', 'read_keys']
 
 CONFIG_KEYS = ('detector', 'backbone', 'num_classes', 'image_mean', 'image_std')
 
@@ -95,6 +95,31 @@ def _read(name: str, config_path: Path, path: Path) -> DetectorWeights:
     if not path.is_file():
         raise WeightsError(f'{name} holds no {WEIGHTS_NAME}.')
     return DetectorWeights(name, path, config)
+
+
+def read_keys(weights: DetectorWeights) -> List[str]:
+    """Names of the tensors, without reading these.
+
+    Args:
+        weights: What `find_weights` returned.
+
+    Raises:
+        WeightsError: If the file is damaged.
+    """
+    try:
+        with safe_open(weights.path, 'pt') as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise WeightsError(f'{weights.path} is not a readable safetensors file ({error}).') from error
+
+
+def has_norms(keys: Iterable[str]) -> bool:
+    """Whether pyramid and heads have norms; those trained without weights and with norm='frozen' have none.
+
+    Args:
+        keys: Names of the tensors of a detector.
+    """
+    return any(key.startswith('backbone.fpn.') and key.endswith('.running_mean') for key in keys)
 
 
 def load_weights(model: nn.Module, weights: DetectorWeights, num_classes: int) -> None:
