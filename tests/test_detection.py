@@ -45,6 +45,22 @@ def test_pyramid_has_the_strides_and_the_pool():
     assert [tuple(level.shape[2:]) for level in last.values()] == [(4, 6), (2, 3), (1, 2)]
 
 
+def test_backbone_with_channels_last():
+    """As MambaOut gives its features, and many transformers do."""
+    backbone = cotnet_fpn_backbone('mambaout_femto', norm='batch').eval()
+    levels = backbone(torch.zeros(1, 3, 64, 96))
+    assert [tuple(level.shape[1:]) for level in levels.values()] == [
+        (256, 16, 24), (256, 8, 12), (256, 4, 6), (256, 2, 3), (256, 1, 2)]
+
+
+@pytest.mark.parametrize('name', ['fasterrcnn_cotnet_fpn', 'cascade_mask_rcnn_cotnet_fpn'])
+def test_misspelled_arguments(name):
+    """torchvision takes them without a word."""
+    other = {'fasterrcnn_cotnet_fpn': 'cascade_ious', 'cascade_mask_rcnn_cotnet_fpn': 'box_tresh'}[name]
+    with pytest.raises(ValueError, match=f'{name} has no argument {other}, min_sizes; torchvision lists'):
+        DETECTORS[name]('test_cotnet', weights_backbone=None, min_sizes=3, **{other: 1})
+
+
 @pytest.mark.parametrize('trainable', [0, 3, 5])
 def test_what_is_frozen(trainable):
     backbone = cotnet_fpn_backbone('test_cotnet', trainable_layers=trainable)

@@ -3,7 +3,7 @@ from typing import Callable, Dict, List, Optional
 
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import Format, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
@@ -32,6 +32,7 @@ class BackboneWithFPN(nn.Module):
         self.body = body
         self.fpn = fpn
         self.out_channels = out_channels
+        self.is_channels_last = getattr(body, 'output_fmt', Format.NCHW) == Format.NHWC  # as of transformers
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Levels of the pyramid, finest first, under '0', '1', ..., and those of the extra blocks.
@@ -41,7 +42,7 @@ class BackboneWithFPN(nn.Module):
         """
         features: Dict[str, torch.Tensor] = {}
         for level, feature in enumerate(self.body(x)):
-            features[str(level)] = feature
+            features[str(level)] = feature.permute(0, 3, 1, 2) if self.is_channels_last else feature
         return self.fpn(features)
 
 

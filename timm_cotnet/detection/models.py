@@ -4,6 +4,7 @@ Paper: `Contextual Transformer Networks for Visual Recognition` - https://arxiv.
 anchors are those of the official configurations, detectron2's, in
 https://github.com/JDAI-CV/CoTNet-ObjectDetection-InstanceSegmentation; everything else is torchvision's.
 """
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
@@ -14,7 +15,9 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import _validate_trainable_layers
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from ..misfit import first_few
 from .backbone import NORMS, OUT_CHANNELS, cotnet_fpn_backbone
 from .cascade import CascadeRoIHeads, CascadeStage
 from .heads import AlignedRoIAlign, AnchorGenerator, BoxPredictor, RPNHead
@@ -168,6 +171,12 @@ def _build(
 ) -> FasterRCNN:
     """A detector with the published heads wherever `kwargs` does not name others."""
     masks, cascade = 'mask' in name, name.startswith('cascade')
+    takers = [FasterRCNN, GeneralizedRCNNTransform, *([MaskRCNN] if masks else [])]
+    known = {'_skip_resize', *(['cascade_ious'] if cascade else [])}.union(
+        *(inspect.signature(taker.__init__).parameters for taker in takers))
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:  # torchvision takes anything without a word
+        raise ValueError(f'{name} has no argument {first_few(unknown)}; torchvision lists those of its detectors')
     body = cotnet_fpn_backbone(
         backbone if weights_backbone in (None, 'DEFAULT') else f'{backbone}.{weights_backbone}',
         pretrained=weights_backbone is not None, trainable_layers=trainable_layers, norm=norm,
