@@ -33,6 +33,8 @@ LAYOUTS = {
     'timm training': (
         lambda: {'state_dict': WEIGHTS, 'args': argparse.Namespace(lr=0.1, amp=None), 'metric': np.float32(3)}, WEIGHTS,
         'state_dict of a training checkpoint'),
+    'model with EMA': (
+        lambda: {'model': WEIGHTS, 'model_ema': EMA}, EMA, 'model_ema of a training checkpoint'),
     'detectron2': (lambda: {'model': WEIGHTS, 'iteration': 9}, WEIGHTS, 'model of a training checkpoint'),
 }
 

@@ -322,12 +322,15 @@ def test_demo_refuses_a_file_as_output(tmp_path):
     assert path.read_text() == 'mine'
 
 
-def test_demo_refuses_numbers_that_are_too_small(capsys):
+def test_demo_refuses_numbers_that_are_too_small_or_large(capsys):
     for option, least in (('epochs', 1), ('batch-size', 2), ('seed', 0)):
         with pytest.raises(SystemExit) as error:
             main([f'--{option}', str(least - 1)])
         assert error.value.code == 2
         assert f'--{option} is {least - 1}, expected {least} or more' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['--seed', str(2 ** 32)])
+    assert 'expected less than 2 ** 32' in capsys.readouterr().err
 
 
 def test_help_says_what_own_images_are(capsys):

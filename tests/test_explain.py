@@ -58,6 +58,26 @@ def test_explain_without_the_folder(monkeypatch, capsys):
     assert capsys.readouterr().out == 'CoTAttention  averaged filters\n'
 
 
+@pytest.mark.parametrize('options, message', [
+    (['resnet1000'], "timm knows no model 'resnet1000'"),
+    (['test_cotnet.nonsense'], 'Invalid pretrained tag (nonsense)'),
+    (['test_cotnet', '--reparam', '--train'], '--reparam is for evaluation'),
+    (['test_cotnet', '--batch-size', '-1'], '--batch-size is -1, expected 1 or more'),
+    (['test_cotnet', '--img-size', '0'], '--img-size is 0, expected 1 or more'),
+    (['test_cotnet', '--device', 'nonsense'], '--device is nonsense, which cannot be used: ')])
+def test_explain_command_refuses(options, message, capsys):
+    from timm_cotnet.explain import main
+    with pytest.raises(SystemExit):
+        main(options)
+    assert message in capsys.readouterr().err
+
+
+def test_explain_command_with_one_image_in_training():
+    from timm_cotnet.explain import main
+    with pytest.raises(SystemExit, match=r'test_cotnet does not run on \(1, 3, 64, 64\): Expected more than 1 value'):
+        main(['test_cotnet', '--train', '--batch-size', '1', '--img-size', '64'])
+
+
 @pytest.mark.slow
 def test_explain_command(capsys):
     lines = run_python('-m', 'timm_cotnet.explain', 'test_cotnet', '--reparam', '--img-size', '64').splitlines()
@@ -68,8 +88,3 @@ def test_explain_command(capsys):
                  ['test_cotnet', '--reparam', '--amp']):
         assert main(args) == 0
         assert len(re.findall(r'^layer\d\.0\.conv2  ', capsys.readouterr().out, re.MULTILINE)) == 4
-    for args, message in ((['resnet1000'], "timm knows no model 'resnet1000'"),
-                          (['test_cotnet', '--reparam', '--train'], '--reparam is for evaluation')):
-        with pytest.raises(SystemExit):
-            main(args)
-        assert message in capsys.readouterr().err

@@ -106,6 +106,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
     (['cotnet50', '--batch-size', '-8'], '--batch-size is -8, expected 1 or more'),
     (['cotnet50', '--grad-accum-steps', '0'], '--grad-accum-steps is 0, expected 1 or more'),
     (['modern', '--model', 'cotnet5'], "timm knows no model 'cotnet5'"),
+    (['modern', '--model', 'cotnet50.nonsense'], '--model is cotnet50.nonsense: Invalid pretrained tag'),
     (['modern', '--output', __file__], 'test_recipes.py exists; remove it or name another file by --output'),
 ])
 def test_wrong_arguments_are_named(argv, message, capsys):

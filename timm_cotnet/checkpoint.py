@@ -134,14 +134,14 @@ def find_state_dict(checkpoint: Any, use_ema: bool = True) -> Tuple[Dict[str, to
     """
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'the file holds one {type(checkpoint).__name__}, not a checkpoint')
-    names = (('state_dict_ema',) if use_ema else ()) + ('state_dict', 'model')
+    names = (('state_dict_ema', 'model_ema') if use_ema else ()) + ('state_dict', 'model')
     name = next((name for name in names if isinstance(_get(checkpoint, name), dict)), None)
     state = dict(dict.items(checkpoint if name is None else _get(checkpoint, name)))
     foreign = [key for key, value in state.items() if not (isinstance(key, str) and torch.is_tensor(value))]
     if foreign or not state:
         raise CheckpointError(
             f'the file holds no weights: {first_few(map(str, foreign)) or "nothing"} where a state dict, or a training '
-            'checkpoint with state_dict, state_dict_ema or model, was expected')
+            'checkpoint with state_dict or model, or with _ema behind these, was expected')
     while all(key.startswith('module.') for key in state):
         state = {key[len('module.'):]: value for key, value in state.items()}
     return state, f'{name} of a training checkpoint' if name else 'bare state dict'

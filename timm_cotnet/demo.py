@@ -195,6 +195,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f'--{name.replace("_", "-")} is {value}, expected {least} or more')
+    if args.seed >= 2 ** 32:
+        parser.error(f'--seed is {args.seed}, expected less than 2 ** 32')
     return args
 
 

@@ -31,9 +31,20 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error('--reparam is for evaluation: leave --train out')
     if not timm.is_model(args.model):
         parser.error(f'timm knows no model {args.model!r}; timm.list_models() lists them')
+    for option in ('batch_size', 'img_size'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f'--{option.replace("_", "-")} is {value}, expected 1 or more')
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:  # the first: torch without CUDA
+        parser.error(f'--device is {args.device}, which cannot be used: {error}')
 
     memory_format = torch.contiguous_format if args.contiguous else torch.channels_last
-    model = timm.create_model(args.model).train(args.train)
+    try:
+        model = timm.create_model(args.model).train(args.train)
+    except RuntimeError as error:  # there is no such tag
+        parser.error(str(error))
     size = args.img_size or model.default_cfg['input_size'][-1]
     if args.reparam:
         model = reparameterize_model(model)
@@ -41,8 +52,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     model = model.to(args.device, dtype).to(memory_format=memory_format)
     x = torch.randn(args.batch_size, 3, size, size, device=args.device, dtype=dtype).to(memory_format=memory_format)
     amp = torch.autocast(x.device.type, torch.bfloat16) if args.amp else nullcontext()
-    with torch.set_grad_enabled(args.train), amp:
-        explain(model, x)
+    try:
+        with torch.set_grad_enabled(args.train), amp:
+            explain(model, x)
+    except ValueError as error:  # of norms, which refuse a single value of each channel in training
+        sys.exit(f'{args.model} does not run on {tuple(x.shape)}: {error}')
     return 0
 
 

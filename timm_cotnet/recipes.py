@@ -85,6 +85,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     model = args.model or recipe.args['model']
     if not timm.is_model(model):
         parser.error(f'timm knows no model {model!r}; timm.list_models() lists them')
+    try:
+        timm.models.get_pretrained_cfg(model, allow_unregistered=False)
+    except RuntimeError as error:
+        parser.error(f'--model is {model}: {error}')
     content = {**recipe.scaled(args.nodes * gpus, batch_size, args.grad_accum_steps), 'model': model}
     if args.num_classes is not None:
         content['num_classes'] = args.num_classes
