@@ -425,7 +425,9 @@ def test_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, me
     assert os.listdir(tmp_path) == ['x.pth']
 
 
-@pytest.mark.parametrize('arguments', [[], ['x.pth'], ['--verify', 'x'], ['x.pth', '--verify', 'x', '--data', 'y']])
+@pytest.mark.parametrize('arguments', [
+    [], ['x.pth'], ['--verify', 'x'], ['x.pth', '--verify', 'x', '--data', 'y'],
+    ['x.pth', '--output', 'x', '--data', 'y']])
 def test_command_says_what_is_missing(capsys, arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)

@@ -47,6 +47,15 @@ def plain_pool(feature, box, stride, bins):
     return out
 
 
+def test_scales_of_pooling_after_a_thin_image():
+    """Of 10 x 200 pixels, which are padded to 32 x 224, or the other way round: scales stay for all images."""
+    for shape, size in (((10, 200), (32, 224)), ((200, 10), (224, 32)), ((64, 64), (64, 64))):
+        levels = {str(i): torch.randn(1, 2, *(-(-side // (4 << i)) for side in size)) for i in range(4)}
+        pool = AlignedRoIAlign(3)
+        assert pool(levels, [torch.tensor([[1., 2, 9, 8]])], [shape]).shape == (1, 2, 3, 3)
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
 def test_pooling_is_aligned_and_takes_the_level_of_the_area():
     levels = {str(i): torch.randn(1, 2, 128 >> i, 128 >> i) for i in range(4)} | {'pool': torch.randn(1, 2, 8, 8)}
     boxes = torch.tensor([[10.3, 20.6, 40.1, 33.], [30., 40, 150, 190], [3, 5, 300, 260], [0, 0, 500, 480.]])

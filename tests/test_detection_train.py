@@ -209,6 +209,10 @@ def test_refuses_before_it_writes(shapes, tmp_path, options, message):
 @pytest.mark.parametrize('options, message', [
     (['--batch-size', '0'], '--batch-size is 0, expected more than 0'),
     (['--epochs', '-1'], '--epochs is -1.0, expected more than 0'),
+    (['--epochs', 'inf'], '--epochs is inf, expected more than 0'),
+    (['--lr', 'inf'], '--lr is inf, expected more than 0'),
+    (['--workers', '-1'], '--workers is -1, expected 0 or more'),
+    (['--seed', str(2 ** 32)], '--seed is 4294967296, expected 0 or more, and less than 2 ** 32'),
     (['--model', 'maskrcnn'], 'invalid choice'),
 ])
 def test_refuses_options(shapes, tmp_path, capsys, options, message):

@@ -301,6 +301,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error('CHECKPOINT and --output are needed, or --verify and --data')
     if args.verify is not None and (args.data is None or args.checkpoint is not None):
         parser.error('--verify needs --data, and no CHECKPOINT')
+    if args.verify is None and args.data is not None:
+        parser.error('--data is for --verify DIR, which evaluates what was converted into DIR')
     try:
         if args.verify is not None:
             return verify_all(args.verify, args.data, args.batch_size, args.workers, args.device)

@@ -186,7 +186,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else list(argv)
     if args.pretrained is None:
-        args.pretrained = args.model == EMBEDDED
+        args.pretrained = args.model.split('.')[0] == EMBEDDED
     if args.min_accuracy is None:
         args.min_accuracy = 0. if args.data else 90.
     if args.img_size is None and not args.data:

@@ -135,7 +135,7 @@ class CocoDataset(Dataset):
         try:
             with Image.open(path) as file:
                 image = v2.functional.pil_to_tensor(file.convert('RGB'))
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
             raise DataError(f'{path} cannot be read as an image: {error}') from error
         if tuple(image.shape[1:]) != size:
             raise DataError(f'{path} has {image.shape[2]} x {image.shape[1]} pixels, but {self.path} says '

@@ -80,8 +80,13 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         """
         features = _filter_input(x, self.featmap_names)
         if self.scales is None or self.map_levels is None:
-            self.scales, self.map_levels = _setup_scales(
-                features, image_shapes, self.canonical_scale, self.canonical_level)
+            shapes = image_shapes
+            if max([shape[1] for shape in shapes]) > max([shape[0] for shape in shapes]):
+                # torchvision looks at heights, which padding makes several times as large in images that are thin
+                features = [feature.transpose(2, 3) for feature in features]
+                shapes = [(shape[1], shape[0]) for shape in shapes]
+            self.scales, self.map_levels = _setup_scales(features, shapes, self.canonical_scale, self.canonical_level)
+            features = _filter_input(x, self.featmap_names)
         scales, map_levels = self.scales, self.map_levels
         assert scales is not None and map_levels is not None  # TorchScript asks
         rois, levels = _convert_to_roi_format(boxes), map_levels(boxes)

@@ -112,8 +112,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     args.model_kwargs = {**made.get('model_kwargs', {}), **args.model_kwargs}
     for name in ('epochs', 'batch_size', 'lr', 'limit', 'log_interval', 'save_interval'):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < float('inf'):
             parser.error(f'--{name.replace("_", "-")} is {value}, expected more than 0')
+    for name in ('workers', 'seed'):
+        if not 0 <= getattr(args, name) < 2 ** 32:
+            parser.error(f'--{name} is {getattr(args, name)}, expected 0 or more, and less than 2 ** 32')
     if args.batch_size % world_size():
         parser.error(f'--batch-size is {args.batch_size}, which {world_size()} processes cannot share equally')
     return args
