@@ -11,6 +11,7 @@ from torchvision.ops import masks_to_boxes
 from timm_cotnet.detection.data import (
     AugmentedDataset, CocoDataset, DataError, TrainingSampler, find_split, training_transforms)
 from timm_cotnet.detection.shapes import main, write_shapes
+from timm_cotnet.visualize import UNREADABLE
 
 pytest.importorskip('faster_coco_eval', reason='masks are decoded by faster-coco-eval, of the extra "detection"')
 
@@ -183,6 +184,18 @@ def test_bad_images_are_named(tmp_path):
     path.write_bytes(b'')
     with pytest.raises(DataError, match=r'lists image 1, but .*1\.png is empty'):
         CocoDataset(*files)
+
+
+@pytest.mark.parametrize('error', UNREADABLE)
+def test_whatever_pillow_raises_is_named(error, tmp_path, monkeypatch):
+    dataset = CocoDataset(*write(tmp_path, content(), sizes=[(40, 30)]))
+
+    def fail(path):
+        raise error('broken')
+
+    monkeypatch.setattr(Image, 'open', fail)
+    with pytest.raises(DataError, match=r'1\.png cannot be read as an image: broken'):
+        dataset[0]
 
 
 def test_layout_is_looked_for(tmp_path):

@@ -425,7 +425,7 @@ def show_predictions(
     chosen = torch.nonzero(~is_right).flatten()[:2].tolist()
     for label in range(min(len(class_names), DRAWN)):
         chosen += torch.nonzero(is_right & (targets == label)).flatten()[:1].tolist()
-    chosen = chosen or [0]
+    chosen = chosen or [0]  # all right, and all of classes that are not drawn
     images = torch.stack([dataset[index][0] for index in chosen])
     first = next(name for name, module in model.named_modules() if isinstance(module, CotLayer))
     maps = [layer_maps(model, image[None], [first])[0] for image in images]

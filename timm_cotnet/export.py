@@ -10,15 +10,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+
+from .checkpoint import UNLOADABLE, explained
 
 __all__ = ['export', 'quantize_onnx', 'load']
 
@@ -257,8 +257,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, num_classes=args.num_classes, checkpoint_path=args.checkpoint)
-    except (RuntimeError, KeyError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
-        sys.exit(f'{args.checkpoint or args.model} cannot be loaded ({type(error).__name__}): {error}')
+    except UNLOADABLE as error:
+        sys.exit(f'{args.checkpoint or args.model} cannot be loaded: {explained(error)}')
     if not (args.pretrained or args.checkpoint):
         _let_all_layers_count(model)
     model = reparameterize_model(model.eval())

@@ -7,7 +7,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -71,7 +71,7 @@ def verify(
         RuntimeError: If there are no images, or the weights do not fit.
     """
     config = read_config(folder)
-    name = _published_name(folder)
+    name = _published_name(folder, config)
     if not Path(data).is_dir():
         raise CheckpointError(f'{data} is no folder; give one with a folder of images per class')
     dataset = create_dataset('', root=str(data), split='validation')
@@ -106,8 +106,7 @@ def verify(
     return Verification(name, top1.count, (top1.avg, top5.avg), published, tolerance)
 
 
-def _published_name(folder: Path) -> str:
-    config = read_config(folder)
+def _published_name(folder: Path, config: Dict[str, Any]) -> str:
     name = f'{config["architecture"]}.{config["pretrained_cfg"].get("tag")}'
     if name not in PUBLISHED:
         raise CheckpointError(f'{folder} holds {name}, for which no ImageNet accuracy was published')
@@ -142,7 +141,7 @@ def verify_all(folder: Path, data: Path, batch_size: int = 64, workers: int = 2,
     known = []
     for one in folders:
         try:
-            _published_name(one)
+            _published_name(one, read_config(one))
             known.append(one)
         except (CheckpointError, OSError) as e:
             if len(folders) == 1:

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
+from ..visualize import UNREADABLE
+
 __all__ = ['AugmentedDataset', 'CocoDataset', 'DataError', 'TrainingSampler', 'find_split', 'training_transforms']
 
 BORDER = 1.  # pixels by which a box may lie outside of its image, as rounded ones do; it is cut there
@@ -135,7 +137,7 @@ class CocoDataset(Dataset):
         try:
             with Image.open(path) as file:
                 image = v2.functional.pil_to_tensor(file.convert('RGB'))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        except UNREADABLE as error:
             raise DataError(f'{path} cannot be read as an image: {error}') from error
         if tuple(image.shape[1:]) != size:
             raise DataError(f'{path} has {image.shape[2]} x {image.shape[1]} pixels, but {self.path} says '
